@@ -1,0 +1,5 @@
+//! `hull-bench`: the benchmark harness.
+mod harness;
+mod report;
+mod stats;
+fn main() {}
