@@ -1,0 +1,145 @@
+//! Virtio devices (virtio 1.2) and what they share: the seams between a device, its transport and the event loop.
+//!
+//! ```text
+//!   vCPU thread ── exit ──► transport::mmio ── lock ──► dyn VirtioDevice ◄── lock ── event-loop thread
+//!        guest ── ioeventfd ─────────────────────────────► queue event  ──────────────► process()
+//!        guest ◄── irqfd ◄── dyn Interrupt (owned by the transport) ◄──────────────── used buffer
+//! ```
+//!
+//! A device is one `Arc<Mutex<D>>` known to its transport as `dyn VirtioDevice` and to the event loop as
+//! `dyn MutEventSubscriber`. It creates its event descriptors when built and registers all of them in `init()`, so
+//! activation and reset need no trip through the event loop: an event that comes while the device isn't active is
+//! drained and ignored.
+//!
+//! Invariants:
+//! - Everything read from guest memory or written to a register is hostile: it may fail a request, retire a queue or
+//!   make the device ask for a reset ([`Interrupt::signal_needs_reset`]), and never panics.
+//! - After [`VirtioDevice::reset`] or drop returns, the host kernel holds no reference to guest memory on the device's
+//!   behalf.
+
+pub mod transport;
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use thiserror::Error;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+/// The guest's memory as every device sees it.
+pub type GuestRam = vm_memory::GuestMemoryMmap<()>;
+
+/// Features that every device offers, for its transport and its rings.
+pub const RING_FEATURES: u64 =
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// The device's way to the guest; the transport's half of it.
+///
+/// Callable from any thread, without a lock.
+pub trait Interrupt: Send + Sync {
+    /// Tells the driver that queue `index` has used buffers. The caller has already asked the queue whether the driver
+    /// wants to know.
+    fn signal_used_queue(&self, index: u16);
+
+    /// Tells the driver to read the configuration space again. The caller holds the device's lock while it changes the
+    /// configuration and calls this, so that no reader sees a new configuration under the old generation.
+    fn signal_config_change(&self);
+
+    /// Sets DEVICE_NEEDS_RESET: the guest broke the device beyond one request.
+    fn signal_needs_reset(&self);
+}
+
+/// What a device gets when the driver sets DRIVER_OK.
+pub struct ActivateContext {
+    /// Guest memory.
+    pub mem: Arc<GuestRam>,
+    /// One per entry of [`VirtioDevice::queue_max_sizes`], in that order. A queue the driver left unused isn't
+    /// [`ready`](virtio_queue::QueueT::ready); every other one has been validated against `mem`.
+    pub queues: Vec<Queue>,
+    /// Notifications to the driver.
+    pub interrupt: Arc<dyn Interrupt>,
+    /// The features both sides agreed on, a subset of [`VirtioDevice::features`].
+    pub acked_features: u64,
+}
+
+impl fmt::Debug for ActivateContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ActivateContext")
+            .field("queues", &self.queues)
+            .field("acked_features", &format_args!("{:#x}", self.acked_features))
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a device refused to start.
+#[derive(Debug, Error)]
+pub enum ActivateError {
+    /// The driver left a queue out that the device can't do without.
+    #[error("queue {index} is required and was not set up by the driver")]
+    MissingQueue {
+        /// Index of the queue.
+        index: usize,
+    },
+    /// The host lacks something at the last moment.
+    #[error("host resource for the device: {what}")]
+    Host {
+        /// What was being set up.
+        what: &'static str,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A virtio device behind some transport.
+///
+/// All methods run under the device's lock; those that take `&self` must be cheap.
+pub trait VirtioDevice: Send {
+    /// Device ID of the virtio specification, chapter 5.
+    fn device_type(&self) -> u32;
+
+    /// The device's name in logs and metrics.
+    fn name(&self) -> &str;
+
+    /// Number of queues and the largest size of each, powers of two.
+    fn queue_max_sizes(&self) -> &[u16];
+
+    /// The event descriptors the transport must signal on a queue notification, one per queue; they live as long as the
+    /// device. The builder attaches them to the notify register as ioeventfds.
+    fn queue_events(&self) -> &[EventFd];
+
+    /// Features offered, [`RING_FEATURES`] included.
+    fn features(&self) -> u64;
+
+    /// Reads from the device-specific configuration. Bytes beyond its end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes to the device-specific configuration; anything not writable is ignored.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+
+    /// Starts the device. Called once between two resets; on an error the transport sets DEVICE_NEEDS_RESET.
+    fn activate(&mut self, context: ActivateContext) -> Result<(), ActivateError>;
+
+    /// Stops the device and forgets the driver. Blocks until the host has finished with guest memory. May be called in
+    /// any state.
+    fn reset(&mut self);
+}
+
+/// Copies the part of `config` at `offset` into `data`, zeroes beyond its end.
+pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let Some(rest) = usize::try_from(offset).ok().and_then(|start| config.get(start..)) else {
+        return;
+    };
+    let len = rest.len().min(data.len());
+    data[..len].copy_from_slice(&rest[..len]);
+}
+
+/// A device's counters, as numbers with their unit in the name.
+pub trait DeviceMetrics: Send + Sync {
+    /// Calls `visit` for each counter.
+    fn visit(&self, visit: &mut dyn FnMut(&'static str, u64));
+}

@@ -1,0 +1,518 @@
+//! The virtio-mmio transport, version 2 (virtio 1.2, §4.2), one register page per device.
+//!
+//! Owner: the device manager; reached through the MMIO [`Bus`](crate::devices::bus::Bus) on vCPU threads. The device
+//! signals through [`MmioInterrupt`] from whatever thread it runs on.
+//!
+//! ```text
+//!            ACKNOWLEDGE      DRIVER        FEATURES_OK           DRIVER_OK
+//!   reset ──────────────► … ────────► … ──────────────► configured ────────► active
+//!     ▲                                  (queues are set up here)              │
+//!     └──────────────── status = 0, from any state (waits for the device) ◄────┘  NEEDS_RESET, FAILED: only reset helps
+//! ```
+//!
+//! Invariants:
+//! - Feature bits change only between DRIVER and FEATURES_OK; queue registers only between FEATURES_OK and DRIVER_OK, and
+//!   sizes and addresses only of a queue that isn't ready. Everything else is ignored, so that a device never sees its
+//!   queues change once active (CVE-2026-5747).
+//! - A queue becomes ready only with rings that lie in guest memory.
+//! - Reading the interrupt status and acknowledging it, which happen once per interrupt, take no lock.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tracing::{debug, warn};
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES,
+    VIRTIO_MMIO_DEVICE_FEATURES_SEL, VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES,
+    VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING,
+    VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE,
+    VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH,
+    VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX,
+    VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW,
+    VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_BASE_LOW, VIRTIO_MMIO_SHM_LEN_HIGH, VIRTIO_MMIO_SHM_LEN_LOW,
+    VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
+};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{Queue, QueueState, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::devices::bus::BusDevice;
+use crate::devices::virtio::{ActivateContext, GuestRam, Interrupt, VirtioDevice};
+
+/// Size of a device's register page.
+pub const MMIO_SIZE: u64 = 0x1000;
+/// Offset of the queue notification register; the builder attaches the ioeventfds here, a 4-byte write that matches the
+/// queue's index.
+pub const NOTIFY_OFFSET: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+
+const CONFIG_OFFSET: u64 = VIRTIO_MMIO_CONFIG as u64;
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VERSION: u32 = 2;
+const VENDOR: u32 = u32::from_le_bytes(*b"hull");
+
+const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
+const DRIVER: u32 = VIRTIO_CONFIG_S_DRIVER;
+const FEATURES_OK: u32 = VIRTIO_CONFIG_S_FEATURES_OK;
+const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
+const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
+const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
+
+/// The interrupt line of one device and the registers it shares with the transport.
+pub struct MmioInterrupt {
+    /// Device status register. Driver bits are written under the transport's lock; NEEDS_RESET by the device.
+    device_status: AtomicU32,
+    /// Interrupt status register.
+    pending: AtomicU32,
+    config_generation: AtomicU32,
+    line: EventFd,
+}
+
+impl MmioInterrupt {
+    fn raise(&self, cause: u32) {
+        // A bit that is still set means an interrupt the driver has not acknowledged. It looks at the rings only after
+        // the acknowledgement, hence after what was published before this call: no second injection is needed.
+        if self.pending.fetch_or(cause, Ordering::SeqCst) & cause != 0 {
+            return;
+        }
+        if let Err(error) = self.line.write(1) {
+            warn!(%error, "cannot raise a device interrupt");
+        }
+    }
+
+    fn is_driver_ok(&self) -> bool {
+        self.device_status.load(Ordering::Acquire) & DRIVER_OK != 0
+    }
+}
+
+impl Interrupt for MmioInterrupt {
+    fn signal_used_queue(&self, _index: u16) {
+        self.raise(VIRTIO_MMIO_INT_VRING);
+    }
+
+    fn signal_config_change(&self) {
+        self.config_generation.fetch_add(1, Ordering::SeqCst);
+        if self.is_driver_ok() {
+            self.raise(VIRTIO_MMIO_INT_CONFIG);
+        }
+    }
+
+    fn signal_needs_reset(&self) {
+        let status = self.device_status.fetch_or(NEEDS_RESET, Ordering::SeqCst);
+        if status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK {
+            self.raise(VIRTIO_MMIO_INT_CONFIG);
+        }
+    }
+}
+
+impl fmt::Debug for MmioInterrupt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MmioInterrupt")
+            .field("device_status", &self.device_status)
+            .field("pending", &self.pending)
+            .field("config_generation", &self.config_generation)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Registers that only the driver changes.
+#[derive(Debug)]
+struct Registers {
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    driver_features: u64,
+    queue_sel: u32,
+    queues: Vec<QueueState>,
+    /// The device has been activated and not reset since.
+    active: bool,
+}
+
+impl Registers {
+    fn new(queue_max_sizes: &[u16]) -> Self {
+        Self {
+            device_features_sel: 0,
+            driver_features_sel: 0,
+            driver_features: 0,
+            queue_sel: 0,
+            queues: queue_max_sizes.iter().map(|&max| pristine_queue(max)).collect(),
+            active: false,
+        }
+    }
+
+    fn selected(&self) -> Option<&QueueState> {
+        self.queues.get(usize::try_from(self.queue_sel).ok()?)
+    }
+
+    fn selected_mut(&mut self) -> Option<&mut QueueState> {
+        self.queues.get_mut(usize::try_from(self.queue_sel).ok()?)
+    }
+}
+
+fn pristine_queue(max_size: u16) -> QueueState {
+    QueueState {
+        max_size,
+        next_avail: 0,
+        next_used: 0,
+        event_idx_enabled: false,
+        size: max_size,
+        ready: false,
+        desc_table: 0,
+        avail_ring: 0,
+        used_ring: 0,
+    }
+}
+
+/// The register page of one device.
+pub struct MmioTransport {
+    mem: Arc<GuestRam>,
+    device: Arc<Mutex<dyn VirtioDevice>>,
+    interrupt: Arc<MmioInterrupt>,
+    registers: Mutex<Registers>,
+    /// Fixed properties of the device, read without its lock.
+    device_type: u32,
+    device_features: u64,
+    queue_max_sizes: Vec<u16>,
+}
+
+impl MmioTransport {
+    /// Puts `device` behind a register page. `line` is the event descriptor that KVM turns into the device's interrupt
+    /// (irqfd, edge-triggered).
+    pub fn new(mem: Arc<GuestRam>, device: Arc<Mutex<dyn VirtioDevice>>, line: EventFd) -> Self {
+        let (device_type, device_features, queue_max_sizes) = {
+            let device = lock(&device);
+            (
+                device.device_type(),
+                device.features(),
+                device.queue_max_sizes().to_vec(),
+            )
+        };
+        Self {
+            mem,
+            device,
+            interrupt: Arc::new(MmioInterrupt {
+                device_status: AtomicU32::new(0),
+                pending: AtomicU32::new(0),
+                config_generation: AtomicU32::new(0),
+                line,
+            }),
+            registers: Mutex::new(Registers::new(&queue_max_sizes)),
+            device_type,
+            device_features,
+            queue_max_sizes,
+        }
+    }
+
+    /// The event descriptor to register with KVM as an irqfd.
+    pub fn line(&self) -> &EventFd {
+        &self.interrupt.line
+    }
+
+    /// The device behind the page.
+    pub fn device(&self) -> &Arc<Mutex<dyn VirtioDevice>> {
+        &self.device
+    }
+
+    fn read_register(&self, offset: u32) -> u32 {
+        // Once per interrupt: keep it off the lock.
+        if offset == VIRTIO_MMIO_INTERRUPT_STATUS {
+            return self.interrupt.pending.load(Ordering::SeqCst);
+        }
+        let registers = lock(&self.registers);
+        match offset {
+            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
+            VIRTIO_MMIO_VERSION => VERSION,
+            VIRTIO_MMIO_DEVICE_ID => self.device_type,
+            VIRTIO_MMIO_VENDOR_ID => VENDOR,
+            VIRTIO_MMIO_DEVICE_FEATURES => feature_word(self.device_features, registers.device_features_sel),
+            VIRTIO_MMIO_QUEUE_NUM_MAX => registers.selected().map_or(0, |queue| queue.max_size.into()),
+            VIRTIO_MMIO_QUEUE_READY => registers.selected().map_or(0, |queue| queue.ready.into()),
+            VIRTIO_MMIO_STATUS => self.interrupt.device_status.load(Ordering::SeqCst),
+            VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.config_generation.load(Ordering::SeqCst),
+            // No shared memory region exists: length and base read as all ones (§4.2.2.2).
+            VIRTIO_MMIO_SHM_LEN_LOW
+            | VIRTIO_MMIO_SHM_LEN_HIGH
+            | VIRTIO_MMIO_SHM_BASE_LOW
+            | VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
+            _ => 0,
+        }
+    }
+
+    fn write_register(&self, offset: u32, value: u32) {
+        if offset == VIRTIO_MMIO_INTERRUPT_ACK {
+            self.interrupt.pending.fetch_and(!value, Ordering::SeqCst);
+            return;
+        }
+        let mut registers = lock(&self.registers);
+        match offset {
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => registers.device_features_sel = value,
+            VIRTIO_MMIO_DRIVER_FEATURES_SEL => registers.driver_features_sel = value,
+            VIRTIO_MMIO_DRIVER_FEATURES => self.write_driver_features(&mut registers, value),
+            VIRTIO_MMIO_QUEUE_SEL => registers.queue_sel = value,
+            VIRTIO_MMIO_QUEUE_NOTIFY => self.notify(value),
+            VIRTIO_MMIO_STATUS => self.write_status(&mut registers, value),
+            VIRTIO_MMIO_QUEUE_NUM
+            | VIRTIO_MMIO_QUEUE_READY
+            | VIRTIO_MMIO_QUEUE_DESC_LOW
+            | VIRTIO_MMIO_QUEUE_DESC_HIGH
+            | VIRTIO_MMIO_QUEUE_AVAIL_LOW
+            | VIRTIO_MMIO_QUEUE_AVAIL_HIGH
+            | VIRTIO_MMIO_QUEUE_USED_LOW
+            | VIRTIO_MMIO_QUEUE_USED_HIGH => self.write_queue(&mut registers, offset, value),
+            _ => debug!(offset, value, "write to a register that isn't writable ignored"),
+        }
+    }
+
+    fn status(&self) -> u32 {
+        self.interrupt.device_status.load(Ordering::SeqCst)
+    }
+
+    fn write_driver_features(&self, registers: &mut Registers, value: u32) {
+        if self.status() & (DRIVER | FEATURES_OK | FAILED) != DRIVER {
+            debug!("feature write outside negotiation ignored");
+            return;
+        }
+        let shift = match registers.driver_features_sel {
+            0 => 0,
+            1 => 32,
+            _ => return,
+        };
+        registers.driver_features &= !(u64::from(u32::MAX) << shift);
+        registers.driver_features |= u64::from(value) << shift;
+    }
+
+    /// The path of a notification whose ioeventfd isn't attached (or that came with another width).
+    fn notify(&self, value: u32) {
+        if self.status() & (DRIVER_OK | NEEDS_RESET) != DRIVER_OK {
+            return;
+        }
+        let device = lock(&self.device);
+        let event = usize::try_from(value)
+            .ok()
+            .and_then(|index| device.queue_events().get(index));
+        if let Some(Err(error)) = event.map(|event| event.write(1)) {
+            warn!(%error, "cannot forward a queue notification");
+        }
+    }
+
+    fn write_queue(&self, registers: &mut Registers, offset: u32, value: u32) {
+        let status = self.status();
+        let configurable = status & (FEATURES_OK | DRIVER_OK | FAILED | NEEDS_RESET) == FEATURES_OK;
+        // A driver that lets go of its queues after a reset writes zero here: harmless, and nothing to log.
+        let retires = offset == VIRTIO_MMIO_QUEUE_READY && value == 0 && status & DRIVER_OK == 0;
+        if !(configurable || retires) {
+            debug!(offset, value, "queue register written outside set-up: ignored");
+            return;
+        }
+        let Some(queue) = registers.selected_mut() else {
+            return;
+        };
+        if offset == VIRTIO_MMIO_QUEUE_READY {
+            queue.ready = value == 1 && self.is_usable(*queue);
+            return;
+        }
+        if queue.ready {
+            return;
+        }
+        match offset {
+            // An impossible size is kept as zero, with which the queue can't become ready.
+            VIRTIO_MMIO_QUEUE_NUM => {
+                queue.size = u16::try_from(value)
+                    .ok()
+                    .filter(|&size| size <= queue.max_size)
+                    .unwrap_or(0);
+            }
+            VIRTIO_MMIO_QUEUE_DESC_LOW => set_low(&mut queue.desc_table, value),
+            VIRTIO_MMIO_QUEUE_DESC_HIGH => set_high(&mut queue.desc_table, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_low(&mut queue.avail_ring, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => set_high(&mut queue.avail_ring, value),
+            VIRTIO_MMIO_QUEUE_USED_LOW => set_low(&mut queue.used_ring, value),
+            VIRTIO_MMIO_QUEUE_USED_HIGH => set_high(&mut queue.used_ring, value),
+            _ => {}
+        }
+    }
+
+    /// Whether a queue set up like this has a legal size and aligned rings within guest memory.
+    fn is_usable(&self, state: QueueState) -> bool {
+        // A ring at address zero is refused too: the queue implementation takes it for one that was never set.
+        let usable = state.avail_ring != 0
+            && Queue::try_from(QueueState { ready: true, ..state })
+                .is_ok_and(|queue| queue.is_valid(&*self.mem));
+        if !usable {
+            warn!(?state, "the driver set up a queue that can't work");
+        }
+        usable
+    }
+
+    fn write_status(&self, registers: &mut Registers, value: u32) {
+        if value == 0 {
+            self.reset(registers);
+            return;
+        }
+        let current = self.status() & !NEEDS_RESET;
+        let value = value & (ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED);
+        if value & current != current {
+            debug!(current, value, "the driver tried to clear status bits: ignored");
+            return;
+        }
+        let mut status = current;
+        for (bit, needs) in [
+            (ACKNOWLEDGE, 0),
+            (DRIVER, ACKNOWLEDGE),
+            (FEATURES_OK, DRIVER),
+            (DRIVER_OK, FEATURES_OK),
+            (FAILED, 0),
+        ] {
+            let requested = value & !status & bit != 0;
+            if !requested || status & needs != needs || status & FAILED != 0 {
+                continue;
+            }
+            if bit == FEATURES_OK && !self.features_acceptable(registers) {
+                continue;
+            }
+            status |= bit;
+            self.interrupt.device_status.fetch_or(bit, Ordering::SeqCst);
+            if bit == DRIVER_OK {
+                self.activate(registers);
+            }
+        }
+    }
+
+    fn features_acceptable(&self, registers: &Registers) -> bool {
+        let features = registers.driver_features;
+        let acceptable = features & !self.device_features == 0 && features & 1 << VIRTIO_F_VERSION_1 != 0;
+        if !acceptable {
+            warn!(
+                features = format_args!("{features:#x}"),
+                "the driver's choice of features is refused"
+            );
+        }
+        acceptable
+    }
+
+    fn activate(&self, registers: &mut Registers) {
+        let event_idx = registers.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let queues: Result<Vec<Queue>, _> = registers
+            .queues
+            .iter()
+            .map(|&state| {
+                // What was left unused may hold any value; the device gets it pristine.
+                let state = if state.ready {
+                    state
+                } else {
+                    pristine_queue(state.max_size)
+                };
+                Queue::try_from(QueueState {
+                    event_idx_enabled: event_idx,
+                    ..state
+                })
+            })
+            .collect();
+        let queues = match queues {
+            Ok(queues) => queues,
+            Err(error) => {
+                warn!(%error, "a validated queue is invalid at activation");
+                self.interrupt.signal_needs_reset();
+                return;
+            }
+        };
+        let mut device = lock(&self.device);
+        registers.active = true;
+        let result = device.activate(ActivateContext {
+            mem: Arc::clone(&self.mem),
+            queues,
+            interrupt: Arc::clone(&self.interrupt) as Arc<dyn Interrupt>,
+            acked_features: registers.driver_features,
+        });
+        if let Err(error) = result {
+            warn!(device = device.name(), %error, "the device could not be activated");
+            self.interrupt.signal_needs_reset();
+        }
+    }
+
+    fn reset(&self, registers: &mut Registers) {
+        if registers.active {
+            lock(&self.device).reset();
+        }
+        *registers = Registers::new(&self.queue_max_sizes);
+        self.interrupt.device_status.store(0, Ordering::SeqCst);
+        self.interrupt.pending.store(0, Ordering::SeqCst);
+    }
+}
+
+impl BusDevice for MmioTransport {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(offset) = offset.checked_sub(CONFIG_OFFSET) {
+            if matches!(data.len(), 1 | 2 | 4 | 8) {
+                lock(&self.device).read_config(offset, data);
+            }
+            return;
+        }
+        match (register_offset(offset), data.len()) {
+            (Some(offset), 4) => data.copy_from_slice(&self.read_register(offset).to_le_bytes()),
+            _ => debug!(
+                offset,
+                width = data.len(),
+                "register read of a wrong width or alignment"
+            ),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIG_OFFSET) {
+            let writable = self.status() & (DRIVER | FAILED) == DRIVER;
+            if writable && matches!(data.len(), 1 | 2 | 4 | 8) {
+                lock(&self.device).write_config(offset, data);
+            }
+            return;
+        }
+        match (register_offset(offset), <[u8; 4]>::try_from(data)) {
+            (Some(offset), Ok(bytes)) => self.write_register(offset, u32::from_le_bytes(bytes)),
+            _ => debug!(
+                offset,
+                width = data.len(),
+                "register write of a wrong width or alignment"
+            ),
+        }
+    }
+}
+
+impl fmt::Debug for MmioTransport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MmioTransport")
+            .field("device_type", &self.device_type)
+            .field("interrupt", &self.interrupt)
+            .field("registers", &self.registers)
+            .finish_non_exhaustive()
+    }
+}
+
+fn register_offset(offset: u64) -> Option<u32> {
+    u32::try_from(offset).ok().filter(|offset| offset % 4 == 0)
+}
+
+fn feature_word(features: u64, selector: u32) -> u32 {
+    let bytes = features.to_le_bytes();
+    match selector {
+        0 => u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+        1 => u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
+        _ => 0,
+    }
+}
+
+fn set_low(address: &mut u64, value: u32) {
+    *address = *address & !u64::from(u32::MAX) | u64::from(value);
+}
+
+fn set_high(address: &mut u64, value: u32) {
+    *address = *address & u64::from(u32::MAX) | u64::from(value) << 32;
+}
+
+/// Takes a lock; a panic elsewhere while it was held aborts the process in release builds and is ignored in tests.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,3 @@
+//! How a driver reaches a device's registers.
+
+pub mod mmio;
