@@ -1,5 +1,58 @@
-//! `hull-bench`: the benchmark harness.
+//! `hull-bench`: the benchmark harness. Everything is a ratio against a named baseline interleaved in the same run.
+//!
+//! Run it through `cargo xtask bench`, which builds what is measured as it is shipped and says where it is.
+
+mod boot;
+mod guest;
 mod harness;
 mod report;
 mod stats;
-fn main() {}
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "hull-bench", about = "Measure Hull against its peers, interleaved")]
+struct Cli {
+    /// Folder for JSON and plots
+    #[arg(long, global = true, default_value = "target/bench")]
+    out: PathBuf,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// From starting a VMM to the guest's first program, beside QEMU microvm on the same kernel
+    Boot(boot::BootArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = match &cli.verb {
+        Verb::Boot(args) => boot::run(args, &cli.out),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("hull-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A built file that `cargo xtask bench` names in the environment.
+fn artifact(variable: &str) -> Result<PathBuf> {
+    std::env::var_os(variable).map(PathBuf::from).with_context(|| {
+        format!("{variable} is not set: run this through `cargo xtask bench`, which builds what is measured")
+    })
+}
+
+/// The folder a guest kernel lies in is named by the hash of its inputs.
+fn kernel_hash(kernel: &Path) -> String {
+    let real = kernel.canonicalize().unwrap_or_else(|_| kernel.to_path_buf());
+    real.parent().and_then(Path::file_name).map_or_else(|| "unknown".to_owned(), |name| name.to_string_lossy().into_owned())
+}
