@@ -1,0 +1,389 @@
+//! The bounds of every message, checked by the sender and again by the receiver.
+//!
+//! A frame is bounded as a whole (`frame.rs`); these rules bound the parts, so that nothing a peer sends
+//! makes the other side build a mount table of a million entries or a path no kernel takes.
+
+use crate::{
+    ConnectRequest, ConnectResponse, ContainerRef, CreateContainerRequest, CreateExecRequest, Empty,
+    ListProcessesResponse, Process, ProcessRef, ResizeTtyRequest, Rootfs, SignalProcessRequest,
+    StartProcessResponse, StatsResponse, WaitProcessResponse, process, rootfs,
+};
+
+/// Longest id of a container or an exec.
+pub const MAX_ID_BYTES: usize = 128;
+/// Longest path, as the kernel has it.
+pub const MAX_PATH_BYTES: usize = 4096;
+/// Most layers of a root filesystem.
+pub const MAX_LAYERS: usize = 128;
+/// Longest serial number of a virtio block device.
+pub const MAX_SERIAL_BYTES: usize = 20;
+/// Most entries of each list.
+pub const MAX_LIST_ENTRIES: usize = 1024;
+/// Most arguments or environment entries of a process.
+pub const MAX_STRINGS: usize = 32 * 1024;
+/// Longest single argument or environment entry, as the kernel has it (`MAX_ARG_STRLEN`).
+pub const MAX_STRING_BYTES: usize = 128 * 1024;
+/// All arguments and environment entries together.
+pub const MAX_STRINGS_BYTES: usize = 2 << 20;
+/// Largest seccomp program: 4096 instructions.
+pub const MAX_SECCOMP_BYTES: usize = 4096 * 8;
+/// Largest file given with a container.
+pub const MAX_FILE_BYTES: usize = 256 * 1024;
+/// Most entropy of one call.
+pub const MAX_ENTROPY_BYTES: usize = 512;
+/// Most process ids of one answer.
+pub const MAX_PIDS: usize = 128 * 1024;
+/// Highest capability bit that may be set (`CAP_CHECKPOINT_RESTORE` is 40).
+pub const CAPABILITY_MASK: u64 = (1 << 41) - 1;
+
+/// Which field breaks which rule.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field} {rule}")]
+pub struct InvalidMessage {
+    /// The field, as in `agent.proto`.
+    pub field: &'static str,
+    /// The rule it breaks.
+    pub rule: &'static str,
+}
+
+impl InvalidMessage {
+    pub(crate) fn new(field: &'static str, rule: &'static str) -> Self {
+        Self { field, rule }
+    }
+}
+
+/// A message with bounds.
+pub trait Bounded {
+    /// Checks every bound of the message.
+    ///
+    /// # Errors
+    ///
+    /// Names the first field that breaks a rule.
+    fn check(&self) -> Result<(), InvalidMessage>;
+}
+
+fn require(holds: bool, field: &'static str, rule: &'static str) -> Result<(), InvalidMessage> {
+    if holds {
+        Ok(())
+    } else {
+        Err(InvalidMessage::new(field, rule))
+    }
+}
+
+/// Ids name directories, cgroups and sockets: letters, digits, `_`, `.`, `-`, not beginning with a dot or dash.
+///
+/// # Errors
+///
+/// The id breaks the rule.
+pub fn check_id(field: &'static str, id: &str) -> Result<(), InvalidMessage> {
+    let bytes = id.as_bytes();
+    require(!bytes.is_empty(), field, "is empty")?;
+    require(bytes.len() <= MAX_ID_BYTES, field, "is longer than 128 bytes")?;
+    require(
+        bytes[0].is_ascii_alphanumeric(),
+        field,
+        "doesn't begin with a letter or digit",
+    )?;
+    let allowed = |byte: &u8| byte.is_ascii_alphanumeric() || b"_.-".contains(byte);
+    require(
+        bytes.iter().all(allowed),
+        field,
+        "has a character other than a-z A-Z 0-9 _ . -",
+    )
+}
+
+/// As [`check_id`], with the empty id allowed.
+///
+/// # Errors
+///
+/// The id breaks the rule.
+pub fn check_optional_id(field: &'static str, id: &str) -> Result<(), InvalidMessage> {
+    if id.is_empty() {
+        Ok(())
+    } else {
+        check_id(field, id)
+    }
+}
+
+fn check_text(field: &'static str, text: &str, limit: usize) -> Result<(), InvalidMessage> {
+    require(text.len() <= limit, field, "is too long")?;
+    require(!text.as_bytes().contains(&0), field, "has a zero byte in it")
+}
+
+fn check_path(field: &'static str, path: &str) -> Result<(), InvalidMessage> {
+    require(path.starts_with('/'), field, "is not an absolute path")?;
+    check_text(field, path, MAX_PATH_BYTES - 1)
+}
+
+fn check_serial(field: &'static str, serial: &str) -> Result<(), InvalidMessage> {
+    require(
+        !serial.is_empty() && serial.len() <= MAX_SERIAL_BYTES,
+        field,
+        "is not 1 to 20 bytes long",
+    )?;
+    require(
+        serial.bytes().all(|byte| byte.is_ascii_graphic()),
+        field,
+        "has a character that is not graphic",
+    )
+}
+
+fn check_list<T>(field: &'static str, list: &[T], limit: usize) -> Result<(), InvalidMessage> {
+    require(list.len() <= limit, field, "has too many entries")
+}
+
+fn check_strings(field: &'static str, strings: &[String]) -> Result<(), InvalidMessage> {
+    check_list(field, strings, MAX_STRINGS)?;
+    let total: usize = strings.iter().map(|string| string.len() + 1).sum();
+    require(total <= MAX_STRINGS_BYTES, field, "is more than 2 MiB in all")?;
+    strings
+        .iter()
+        .try_for_each(|string| check_text(field, string, MAX_STRING_BYTES - 1))
+}
+
+impl Bounded for Empty {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        Ok(())
+    }
+}
+
+impl Bounded for ConnectRequest {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        require(
+            self.entropy.len() <= MAX_ENTROPY_BYTES,
+            "entropy",
+            "is longer than 512 bytes",
+        )?;
+        let limit = u64::try_from(i64::MAX).unwrap_or(0);
+        require(
+            self.realtime_ns <= limit,
+            "realtime_ns",
+            "is beyond what a clock holds",
+        )
+    }
+}
+
+impl Bounded for ConnectResponse {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        check_text("agent_version", &self.agent_version, 64)?;
+        check_text("kernel_release", &self.kernel_release, 65)
+    }
+}
+
+impl Bounded for ContainerRef {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        check_id("container_id", &self.container_id)
+    }
+}
+
+impl Bounded for ProcessRef {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        check_id("container_id", &self.container_id)?;
+        check_optional_id("exec_id", &self.exec_id)
+    }
+}
+
+impl Bounded for Rootfs {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        check_list("rootfs.layer_serials", &self.layer_serials, MAX_LAYERS)?;
+        require(!self.layer_serials.is_empty(), "rootfs.layer_serials", "is empty")?;
+        self.layer_serials
+            .iter()
+            .try_for_each(|serial| check_serial("rootfs.layer_serials", serial))?;
+        match &self.upper {
+            Some(rootfs::Upper::BlockSerial(serial)) => check_serial("rootfs.block_serial", serial),
+            Some(rootfs::Upper::TmpfsBytes(bytes)) => require(
+                *bytes > 0,
+                "rootfs.tmpfs_bytes",
+                "is zero, which would be no limit",
+            ),
+            None => require(
+                self.read_only,
+                "rootfs.upper",
+                "is missing from a writable root filesystem",
+            ),
+        }
+    }
+}
+
+impl Bounded for Process {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        check_strings("process.args", &self.args)?;
+        require(
+            self.args.first().is_some_and(|arg| !arg.is_empty()),
+            "process.args",
+            "names no command",
+        )?;
+        check_strings("process.env", &self.env)?;
+        check_path("process.cwd", &self.cwd)?;
+        if let Some(process::User::UserName(name)) = &self.user {
+            check_text("process.user_name", name, 256)?;
+        }
+        check_list("process.additional_gids", &self.additional_gids, MAX_LIST_ENTRIES)?;
+        check_list("process.rlimits", &self.rlimits, 32)?;
+        for rlimit in &self.rlimits {
+            require(rlimit.resource < 16, "process.rlimits", "has an unknown resource")?;
+            require(
+                rlimit.soft <= rlimit.hard,
+                "process.rlimits",
+                "has a soft limit above its hard limit",
+            )?;
+        }
+        if let Some(size) = self.window_size.as_ref() {
+            check_window(size)?;
+        }
+        if let Some(caps) = self.capabilities.as_ref() {
+            let all = caps.bounding | caps.effective | caps.permitted | caps.inheritable | caps.ambient;
+            require(
+                all & !CAPABILITY_MASK == 0,
+                "process.capabilities",
+                "has an unknown capability",
+            )?;
+        }
+        let seccomp = &self.seccomp_program;
+        require(
+            seccomp.len() <= MAX_SECCOMP_BYTES && seccomp.len().is_multiple_of(8),
+            "process.seccomp_program",
+            "is not a whole number of at most 4096 instructions",
+        )?;
+        if let Some(umask) = self.umask {
+            require(umask <= 0o777, "process.umask", "has bits above 0777")?;
+        }
+        if let Some(adjustment) = self.oom_score_adj {
+            require(
+                (-1000..=1000).contains(&adjustment),
+                "process.oom_score_adj",
+                "is not in -1000..1000",
+            )?;
+        }
+        Ok(())
+    }
+}
+
+fn check_window(size: &crate::WindowSize) -> Result<(), InvalidMessage> {
+    let limit = u32::from(u16::MAX);
+    require(
+        size.rows <= limit && size.columns <= limit,
+        "window_size",
+        "is above 65535",
+    )
+}
+
+impl Bounded for CreateContainerRequest {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        check_id("container_id", &self.container_id)?;
+        self.rootfs
+            .as_ref()
+            .ok_or(InvalidMessage::new("rootfs", "is missing"))?
+            .check()?;
+        self.process
+            .as_ref()
+            .ok_or(InvalidMessage::new("process", "is missing"))?
+            .check()?;
+        check_text("hostname", &self.hostname, 64)?;
+        check_list("mounts", &self.mounts, MAX_LIST_ENTRIES)?;
+        for mount in &self.mounts {
+            check_path("mounts.destination", &mount.destination)?;
+            check_text("mounts.type", &mount.type_, 32)?;
+            check_text("mounts.source", &mount.source, MAX_PATH_BYTES - 1)?;
+            check_list("mounts.options", &mount.options, 64)?;
+            mount
+                .options
+                .iter()
+                .try_for_each(|option| check_text("mounts.options", option, 1024))?;
+        }
+        for (field, paths) in [
+            ("masked_paths", &self.masked_paths),
+            ("readonly_paths", &self.readonly_paths),
+        ] {
+            check_list(field, paths, MAX_LIST_ENTRIES)?;
+            paths.iter().try_for_each(|path| check_path(field, path))?;
+        }
+        check_list("devices", &self.devices, MAX_LIST_ENTRIES)?;
+        self.devices
+            .iter()
+            .try_for_each(|device| check_path("devices.path", &device.path))?;
+        check_list("sysctls", &self.sysctls, 256)?;
+        for sysctl in &self.sysctls {
+            check_text("sysctls.name", &sysctl.name, 256)?;
+            let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-/".contains(&byte);
+            require(
+                !sysctl.name.is_empty() && sysctl.name.bytes().all(allowed) && !sysctl.name.contains(".."),
+                "sysctls.name",
+                "is not the name of a sysctl",
+            )?;
+            check_text("sysctls.value", &sysctl.value, 4096)?;
+        }
+        check_list("files", &self.files, 64)?;
+        for file in &self.files {
+            check_path("files.path", &file.path)?;
+            require(
+                file.content.len() <= MAX_FILE_BYTES,
+                "files.content",
+                "is more than 256 KiB",
+            )?;
+            require(file.mode <= 0o7777, "files.mode", "has bits above 07777")?;
+        }
+        Ok(())
+    }
+}
+
+impl Bounded for CreateExecRequest {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        check_id("container_id", &self.container_id)?;
+        check_id("exec_id", &self.exec_id)?;
+        self.process
+            .as_ref()
+            .ok_or(InvalidMessage::new("process", "is missing"))?
+            .check()
+    }
+}
+
+impl Bounded for StartProcessResponse {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        require(self.pid <= i32::MAX.cast_unsigned(), "pid", "is not a process id")
+    }
+}
+
+impl Bounded for SignalProcessRequest {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        check_id("container_id", &self.container_id)?;
+        check_optional_id("exec_id", &self.exec_id)?;
+        require(self.signal <= 64, "signal", "is not a signal number")
+    }
+}
+
+impl Bounded for WaitProcessResponse {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        use crate::wait_process_response::Outcome;
+        match self.outcome {
+            Some(Outcome::ExitCode(code)) => require(code <= 255, "exit_code", "is above 255"),
+            Some(Outcome::Signal(signal)) => require(signal <= 64, "signal", "is not a signal number"),
+            None => Err(InvalidMessage::new("outcome", "is missing")),
+        }
+    }
+}
+
+impl Bounded for ResizeTtyRequest {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        check_id("container_id", &self.container_id)?;
+        check_optional_id("exec_id", &self.exec_id)?;
+        check_window(
+            self.window_size
+                .as_ref()
+                .ok_or(InvalidMessage::new("window_size", "is missing"))?,
+        )
+    }
+}
+
+impl Bounded for ListProcessesResponse {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        check_list("pids", &self.pids, MAX_PIDS)
+    }
+}
+
+impl Bounded for StatsResponse {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        Ok(())
+    }
+}
