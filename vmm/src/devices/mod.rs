@@ -4,4 +4,5 @@
 //! the event loop. Invariant: a device knows neither its transport, nor the builder, nor another device.
 
 pub mod bus;
+pub mod legacy;
 pub mod virtio;

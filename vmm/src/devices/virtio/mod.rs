@@ -17,12 +17,19 @@
 //! - After [`VirtioDevice::reset`] or drop returns, the host kernel holds no reference to guest memory on the device's
 //!   behalf.
 
+pub mod blk;
+pub mod iovec;
+pub mod metrics;
+pub mod queue;
+#[cfg(test)]
+pub(crate) mod test_driver;
 pub mod transport;
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub use metrics::DeviceMetrics;
 use thiserror::Error;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -138,8 +145,17 @@ pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
     data[..len].copy_from_slice(&rest[..len]);
 }
 
-/// A device's counters, as numbers with their unit in the name.
-pub trait DeviceMetrics: Send + Sync {
-    /// Calls `visit` for each counter.
-    fn visit(&self, visit: &mut dyn FnMut(&'static str, u64));
+/// Takes a lock. A panic elsewhere while it was held aborts the process in release builds and is ignored in tests.
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An event descriptor of a device: never blocks, starts at zero.
+pub(crate) fn new_event() -> io::Result<EventFd> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+}
+
+/// One event descriptor per queue.
+pub(crate) fn new_events(count: usize) -> io::Result<Vec<EventFd>> {
+    (0..count).map(|_| new_event()).collect()
 }

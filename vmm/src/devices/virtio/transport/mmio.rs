@@ -19,7 +19,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tracing::{debug, warn};
 use virtio_bindings::virtio_config::{
@@ -42,7 +42,7 @@ use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::bus::BusDevice;
-use crate::devices::virtio::{ActivateContext, GuestRam, Interrupt, VirtioDevice};
+use crate::devices::virtio::{ActivateContext, GuestRam, Interrupt, VirtioDevice, lock};
 
 /// Size of a device's register page.
 pub const MMIO_SIZE: u64 = 0x1000;
@@ -510,9 +510,4 @@ fn set_low(address: &mut u64, value: u32) {
 
 fn set_high(address: &mut u64, value: u32) {
     *address = *address & u64::from(u32::MAX) | u64::from(value) << 32;
-}
-
-/// Takes a lock; a panic elsewhere while it was held aborts the process in release builds and is ignored in tests.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,0 +1,504 @@
+//! The live block device; see the module above for its states and invariants.
+
+use std::sync::Arc;
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use tracing::{error, warn};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
+};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::backend::Disk;
+use super::engine::{Completion, Engine, InFlight};
+use super::request::{self, Limits, Operation, Refusal, Request};
+use super::{BlkError, BlkMetrics, BlkSpec, MAX_SERIAL_LEN};
+use crate::devices::virtio::iovec::GuestIovecs;
+use crate::devices::virtio::queue::{Chain, QueueError, Segment, Virtqueue, write_segments};
+use crate::devices::virtio::{
+    ActivateContext, ActivateError, Interrupt, RING_FEATURES, VirtioDevice, new_events, read_config_bytes,
+};
+
+const QUEUE_SIZE: u16 = 256;
+const CONFIG_LEN: usize = 60;
+/// The event that isn't a queue's.
+const COMPLETION: u32 = u32::MAX;
+
+/// A block device.
+#[derive(Debug)]
+pub struct Blk {
+    id: String,
+    serial: [u8; MAX_SERIAL_LEN],
+    disk: Disk,
+    engine: Engine,
+    features: u64,
+    config: [u8; CONFIG_LEN],
+    queue_max_sizes: Vec<u16>,
+    queue_events: Vec<EventFd>,
+    metrics: Arc<BlkMetrics>,
+    active: Option<Active>,
+    /// Scratch space, empty between events.
+    completed: Vec<Completion>,
+    chain: Chain,
+}
+
+/// What exists between activation and reset.
+struct Active {
+    queues: Vec<Virtqueue>,
+    interrupt: Arc<dyn Interrupt>,
+    /// Requests were left in queues for want of room in the engine.
+    stalled: bool,
+    /// The guest broke a queue; nothing more happens until the reset.
+    broken: bool,
+}
+
+impl std::fmt::Debug for Active {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Active")
+            .field("queues", &self.queues)
+            .field("stalled", &self.stalled)
+            .field("broken", &self.broken)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why the device stopped taking requests from a queue.
+enum Pause {
+    Empty,
+    EngineFull,
+    TurnOver,
+}
+
+impl Blk {
+    /// Opens the disk and sets the engine up. To be called before the process gives up its privileges.
+    pub fn new(spec: BlkSpec) -> Result<Self, BlkError> {
+        let BlkSpec {
+            id,
+            file,
+            read_only,
+            serial: serial_text,
+            queues,
+            engine,
+        } = spec;
+        let disk = Disk::new(&id, file, read_only)?;
+        let host_error = |what, source| BlkError::Host {
+            id: id.clone(),
+            what,
+            source,
+        };
+        let engine = Engine::new(engine, &disk).map_err(|source| host_error("io_uring", source))?;
+        let queue_events =
+            new_events(queues.into()).map_err(|source| host_error("event descriptors", source))?;
+        let mut serial = [0; MAX_SERIAL_LEN];
+        serial[..serial_text.len()].copy_from_slice(serial_text.as_bytes());
+        let metrics = BlkMetrics::default();
+        metrics
+            .engine_is_io_uring
+            .set(matches!(engine, Engine::IoUring(_)).into());
+        Ok(Self {
+            features: features(read_only, queues),
+            config: config(disk.capacity_sectors(), queues),
+            id,
+            serial,
+            disk,
+            engine,
+            queue_max_sizes: vec![QUEUE_SIZE; queues.into()],
+            queue_events,
+            metrics: Arc::new(metrics),
+            active: None,
+            completed: Vec::new(),
+            chain: Chain::default(),
+        })
+    }
+
+    /// The device's counters.
+    pub fn metrics(&self) -> Arc<BlkMetrics> {
+        Arc::clone(&self.metrics)
+    }
+
+    fn process_queue(&mut self, index: usize) {
+        if let Err(error) = self.try_process_queue(index) {
+            self.fail(&error);
+        }
+    }
+
+    fn try_process_queue(&mut self, index: usize) -> Result<(), QueueError> {
+        let mut budget = 2 * u32::from(QUEUE_SIZE);
+        loop {
+            let Some(queue) = self.working_queue(index) else {
+                return Ok(());
+            };
+            queue.disable_notification()?;
+            let pause = self.take_requests(index, &mut budget);
+            // Whatever was started before the queue broke still has to reach the kernel, to be waited for.
+            let submitted = self.submit();
+            let pause = pause?;
+            submitted?;
+            match pause {
+                Pause::Empty => {
+                    let queue = self.working_queue(index);
+                    if !queue.map_or(Ok(false), Virtqueue::enable_notification)? {
+                        return Ok(());
+                    }
+                }
+                Pause::EngineFull if self.engine.has_room() => {}
+                Pause::EngineFull => {
+                    self.metrics.engine_full_events.inc();
+                    if let Some(active) = &mut self.active {
+                        active.stalled = true;
+                    }
+                    return Ok(());
+                }
+                Pause::TurnOver => {
+                    if let Err(error) = self.queue_events[index].write(1) {
+                        error!(drive = self.id, %error, "can't schedule the rest of a queue");
+                    }
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn working_queue(&mut self, index: usize) -> Option<&mut Virtqueue> {
+        self.active
+            .as_mut()
+            .filter(|active| !active.broken)?
+            .queues
+            .get_mut(index)
+    }
+
+    fn take_requests(&mut self, index: usize, budget: &mut u32) -> Result<Pause, QueueError> {
+        let mut chain = std::mem::take(&mut self.chain);
+        let pause = loop {
+            if !self.engine.has_room() {
+                break Ok(Pause::EngineFull);
+            }
+            if *budget == 0 {
+                break Ok(Pause::TurnOver);
+            }
+            *budget -= 1;
+            let Some(queue) = self.working_queue(index) else {
+                break Ok(Pause::Empty);
+            };
+            let taken = match queue.pop(&mut chain) {
+                Ok(true) => self.take(index, &chain),
+                Ok(false) => break Ok(Pause::Empty),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = taken {
+                break Err(error);
+            }
+        };
+        self.chain = chain;
+        pause
+    }
+
+    /// Starts or answers one request.
+    fn take(&mut self, index: usize, chain: &Chain) -> Result<(), QueueError> {
+        let limits = Limits {
+            capacity_sectors: self.disk.capacity_sectors(),
+            read_only: self.disk.read_only(),
+        };
+        let serial = self.serial;
+        let Some(queue) = self
+            .active
+            .as_mut()
+            .and_then(|active| active.queues.get_mut(index))
+        else {
+            return Ok(());
+        };
+        let mem = Arc::clone(queue.mem());
+        let request = match Request::parse(&mem, chain, limits) {
+            Ok(request) => request,
+            Err(refusal) => {
+                self.metrics.refused_requests.inc();
+                let written = match refusal {
+                    Refusal::Status { status, code } if mem.write_obj(code, status).is_ok() => 1,
+                    _ => 0,
+                };
+                return queue.complete(chain.head(), written);
+            }
+        };
+        let mut iovecs = GuestIovecs::new(Arc::clone(&mem));
+        let gathered = match request.operation {
+            Operation::Read { .. } => gather(&mut iovecs, request::data_in(chain)),
+            Operation::Write { .. } => gather(&mut iovecs, request::data_out(chain)),
+            Operation::GetId => {
+                let target: Vec<Segment> = request::data_in(chain).collect();
+                let len = serial
+                    .len()
+                    .min((chain.writable_len() as usize).saturating_sub(1));
+                let ok = write_segments(&mem, &target, &serial[..len]);
+                let written = u32::try_from(len).unwrap_or(0) + 1;
+                return answer(queue, chain.head(), request.status, ok, written);
+            }
+            _ => true,
+        };
+        if !gathered {
+            self.metrics.refused_requests.inc();
+            return answer(queue, chain.head(), request.status, false, 1);
+        }
+        let started = self.engine.start(
+            &self.disk,
+            InFlight {
+                queue_index: index,
+                head: chain.head(),
+                status: request.status,
+                operation: request.operation,
+                iovecs,
+            },
+        );
+        self.completed.extend(started);
+        Ok(())
+    }
+
+    /// Gives what was started to the engine, and what is done to the driver.
+    fn submit(&mut self) -> Result<(), QueueError> {
+        let completed = &mut self.completed;
+        if let Err(error) = self
+            .engine
+            .submit(&self.disk, &mut |completion| completed.push(completion))
+        {
+            error!(drive = self.id, %error, "the host refuses disk requests");
+            self.abandon();
+        }
+        self.settle()
+    }
+
+    fn settle(&mut self) -> Result<(), QueueError> {
+        let mut completed = std::mem::take(&mut self.completed);
+        let result = completed
+            .drain(..)
+            .try_for_each(|completion| self.finish(completion));
+        completed.clear();
+        self.completed = completed;
+        result?;
+        if let Some(active) = self.active.as_mut().filter(|active| !active.broken) {
+            active.queues.iter_mut().try_for_each(Virtqueue::signal)?;
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, completion: Completion) -> Result<(), QueueError> {
+        let Completion { request, result } = completion;
+        let metrics = &self.metrics;
+        let mut written = 1;
+        match (&result, request.operation) {
+            (Err(error), operation) => {
+                metrics.failed_requests.inc();
+                // The first tells enough; a guest must not fill the log.
+                if metrics.failed_requests.get() == 1 {
+                    warn!(drive = self.id, ?operation, %error, "a disk request failed");
+                }
+            }
+            (Ok(()), Operation::Read { len_bytes, .. }) => {
+                metrics.read_requests.inc();
+                metrics.read_bytes.add(len_bytes.into());
+                written += len_bytes;
+            }
+            (Ok(()), Operation::Write { len_bytes, .. }) => {
+                metrics.write_requests.inc();
+                metrics.write_bytes.add(len_bytes.into());
+            }
+            (Ok(()), Operation::Flush) => metrics.flush_requests.inc(),
+            (Ok(()), Operation::Discard { .. }) => metrics.discard_requests.inc(),
+            (Ok(()), Operation::WriteZeroes { .. }) => metrics.write_zeroes_requests.inc(),
+            (Ok(()), Operation::GetId) => {}
+        }
+        match self.working_queue(request.queue_index) {
+            Some(queue) => answer(queue, request.head, request.status, result.is_ok(), written),
+            None => Ok(()),
+        }
+    }
+
+    fn process_completions(&mut self) {
+        let completed = &mut self.completed;
+        self.engine
+            .reap(&self.disk, &mut |completion| completed.push(completion));
+        if let Err(error) = self.settle() {
+            self.fail(&error);
+        }
+        let stalled = self
+            .active
+            .as_mut()
+            .is_some_and(|active| std::mem::take(&mut active.stalled));
+        if stalled {
+            for index in 0..self.queue_events.len() {
+                self.process_queue(index);
+            }
+        }
+    }
+
+    fn fail(&mut self, error: &QueueError) {
+        warn!(drive = self.id, %error, "the guest broke a queue of the block device");
+        self.metrics.queue_failures.inc();
+        self.abandon();
+    }
+
+    fn abandon(&mut self) {
+        if let Some(active) = &mut self.active {
+            active.broken = true;
+            active.interrupt.signal_needs_reset();
+        }
+    }
+}
+
+impl VirtioDevice for Blk {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn name(&self) -> &str {
+        &self.id
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &self.queue_max_sizes
+    }
+
+    fn queue_events(&self) -> &[EventFd] {
+        &self.queue_events
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_bytes(&self.config, offset, data);
+    }
+
+    /// Nothing in the configuration can be written.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, context: ActivateContext) -> Result<(), ActivateError> {
+        let ActivateContext {
+            mem,
+            queues,
+            interrupt,
+            ..
+        } = context;
+        // A driver may use fewer queues than there are, from the first on.
+        let queues: Vec<Virtqueue> = (0..)
+            .zip(queues)
+            .take_while(|(_, queue)| virtio_queue::QueueT::ready(queue))
+            .map(|(index, queue)| Virtqueue::new(queue, index, Arc::clone(&mem), Arc::clone(&interrupt)))
+            .collect();
+        if queues.is_empty() {
+            return Err(ActivateError::MissingQueue { index: 0 });
+        }
+        self.active = Some(Active {
+            queues,
+            interrupt,
+            stalled: false,
+            broken: false,
+        });
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.engine.drain();
+        self.completed.clear();
+        self.active = None;
+    }
+}
+
+impl MutEventSubscriber for Blk {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let queue_events = (0..).zip(&self.queue_events);
+        for (data, event) in
+            queue_events.chain(self.engine.completion_event().map(|event| (COMPLETION, event)))
+        {
+            if let Err(error) = ops.add(Events::with_data(event, data, EventSet::IN)) {
+                error!(
+                    drive = self.id,
+                    ?error,
+                    "can't watch an event of the block device"
+                );
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
+        if events.data() == COMPLETION {
+            self.process_completions();
+            return;
+        }
+        let index = events.data() as usize;
+        if let Some(event) = self.queue_events.get(index) {
+            // Fails only if there is nothing to clear.
+            let _ = event.read();
+            self.metrics.notifications.inc();
+            self.process_queue(index);
+        }
+    }
+}
+
+fn gather(iovecs: &mut GuestIovecs, segments: impl Iterator<Item = Segment>) -> bool {
+    let mut segments = segments;
+    segments.all(|segment| iovecs.push(segment).is_ok())
+}
+
+/// Returns a request to the driver with a status. A status that can't be stored is the driver's loss.
+fn answer(
+    queue: &mut Virtqueue,
+    head: u16,
+    status: GuestAddress,
+    ok: bool,
+    written: u32,
+) -> Result<(), QueueError> {
+    let code = if ok { VIRTIO_BLK_S_OK } else { VIRTIO_BLK_S_IOERR };
+    let stored = queue.mem().write_obj(code.to_le_bytes()[0], status).is_ok();
+    queue.complete(head, if stored && ok { written } else { u32::from(stored) })
+}
+
+fn features(read_only: bool, queues: u16) -> u64 {
+    let mut bits = vec![
+        VIRTIO_BLK_F_SIZE_MAX,
+        VIRTIO_BLK_F_SEG_MAX,
+        VIRTIO_BLK_F_BLK_SIZE,
+        VIRTIO_BLK_F_TOPOLOGY,
+    ];
+    if read_only {
+        bits.push(VIRTIO_BLK_F_RO);
+    } else {
+        bits.extend([
+            VIRTIO_BLK_F_FLUSH,
+            VIRTIO_BLK_F_DISCARD,
+            VIRTIO_BLK_F_WRITE_ZEROES,
+        ]);
+    }
+    if queues > 1 {
+        bits.push(VIRTIO_BLK_F_MQ);
+    }
+    bits.iter()
+        .fold(RING_FEATURES, |features, bit| features | 1 << bit)
+}
+
+/// The configuration space, `struct virtio_blk_config`.
+fn config(capacity_sectors: u64, queues: u16) -> [u8; CONFIG_LEN] {
+    /// The host's page cache works in pages of 4 KiB, 8 sectors.
+    const PHYSICAL_BLOCK_EXP: u8 = 3;
+    const SECTORS_PER_PAGE: u32 = 8;
+    let mut config = [0; CONFIG_LEN];
+    let mut put = |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
+    put(0, &capacity_sectors.to_le_bytes());
+    put(8, &request::SIZE_MAX_BYTES.to_le_bytes());
+    put(12, &request::SEG_MAX.to_le_bytes());
+    put(20, &512u32.to_le_bytes());
+    put(24, &[PHYSICAL_BLOCK_EXP]);
+    put(26, &8u16.to_le_bytes());
+    put(34, &queues.to_le_bytes());
+    put(36, &request::MAX_DISCARD_SECTORS.to_le_bytes());
+    put(40, &1u32.to_le_bytes());
+    put(44, &SECTORS_PER_PAGE.to_le_bytes());
+    put(48, &request::MAX_WRITE_ZEROES_SECTORS.to_le_bytes());
+    put(52, &1u32.to_le_bytes());
+    put(56, &[1]);
+    config
+}

@@ -1,0 +1,343 @@
+//! A device's view of one split virtqueue (virtio 1.2, §2.7): strict chains in, used buffers and interrupts out.
+//!
+//! Owner: an active device; dies with the reset. `virtio-queue` keeps the indices and the notification suppression;
+//! descriptors are walked here, because a device must be able to tell a chain that ends from one that is broken.
+//!
+//! Invariants:
+//! - A [`Chain`] has at most [`MAX_CHAIN_LEN`] buffers and less than 4 GiB, its device-readable buffers precede its
+//!   device-writable ones, and none is empty. Its addresses are *not* validated: each access to guest memory is.
+//! - Every error is the guest's doing and final: the ring can't be trusted any more, the device asks for a reset.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use thiserror::Error;
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
+
+use super::{GuestRam, Interrupt};
+
+/// The most buffers accepted in one chain, which is also what one vectored system call takes.
+pub const MAX_CHAIN_LEN: usize = 1024;
+
+const DESCRIPTOR_LEN: u32 = 16;
+
+/// How a guest broke a queue.
+#[derive(Debug, Error)]
+pub enum QueueError {
+    /// The available index or a ring address makes no sense.
+    #[error("the ring's indices are inconsistent: {0}")]
+    Ring(virtio_queue::Error),
+    /// A descriptor, or an indirect table, lies outside guest memory.
+    #[error("descriptor at {addr:#x} can't be read: {source}")]
+    Descriptor {
+        /// Where the descriptor should be.
+        addr: u64,
+        /// What the memory said.
+        source: GuestMemoryError,
+    },
+    /// A chain names a descriptor its table doesn't have.
+    #[error("descriptor index {index} is outside its table of {len}")]
+    IndexOutOfTable {
+        /// The index.
+        index: u16,
+        /// Entries in the table.
+        len: u32,
+    },
+    /// A chain is longer than its table, so it loops, or exceeds the limit.
+    #[error("descriptor chain loops or has more than {MAX_CHAIN_LEN} buffers")]
+    TooLong,
+    /// An indirect descriptor in an indirect table, or one that also has a successor.
+    #[error("indirect descriptor where none may be")]
+    MisplacedIndirect,
+    /// The length of an indirect table isn't that of 1 to [`MAX_CHAIN_LEN`] descriptors.
+    #[error("indirect table of {len} bytes")]
+    IndirectTableLen {
+        /// Its length.
+        len: u32,
+    },
+    /// A device-readable buffer follows a device-writable one.
+    #[error("readable buffer after a writable one")]
+    WrongOrder,
+    /// The buffers add up to 4 GiB or more.
+    #[error("chain of 4 GiB or more")]
+    TooLarge,
+}
+
+/// One guest buffer: part of a chain, never empty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Guest-physical address of the first byte.
+    pub addr: GuestAddress,
+    /// Length in bytes.
+    pub len: u32,
+}
+
+/// A request's buffers, in order. Reused from one request to the next to spare the allocator.
+#[derive(Debug, Default)]
+pub struct Chain {
+    head: u16,
+    segments: Vec<Segment>,
+    /// How many of the segments are device-readable.
+    readable_count: usize,
+    readable_len: u32,
+    writable_len: u32,
+}
+
+impl Chain {
+    /// Index by which the chain is returned.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Device-readable buffers.
+    pub fn readable(&self) -> &[Segment] {
+        &self.segments[..self.readable_count]
+    }
+
+    /// Device-writable buffers.
+    pub fn writable(&self) -> &[Segment] {
+        &self.segments[self.readable_count..]
+    }
+
+    /// Total length of the device-readable buffers, in bytes.
+    pub fn readable_len(&self) -> u32 {
+        self.readable_len
+    }
+
+    /// Total length of the device-writable buffers, in bytes.
+    pub fn writable_len(&self) -> u32 {
+        self.writable_len
+    }
+
+    fn clear(&mut self, head: u16) {
+        self.head = head;
+        self.segments.clear();
+        self.readable_count = 0;
+        self.readable_len = 0;
+        self.writable_len = 0;
+    }
+
+    fn push(&mut self, desc: &Descriptor) -> Result<(), QueueError> {
+        if desc.len() == 0 {
+            return Ok(());
+        }
+        if !desc.is_write_only() && self.segments.len() > self.readable_count {
+            return Err(QueueError::WrongOrder);
+        }
+        let total = if desc.is_write_only() {
+            &mut self.writable_len
+        } else {
+            &mut self.readable_len
+        };
+        *total = total.checked_add(desc.len()).ok_or(QueueError::TooLarge)?;
+        if self.readable_len.checked_add(self.writable_len).is_none() {
+            return Err(QueueError::TooLarge);
+        }
+        self.segments.push(Segment {
+            addr: desc.addr(),
+            len: desc.len(),
+        });
+        if !desc.is_write_only() {
+            self.readable_count += 1;
+        }
+        Ok(())
+    }
+}
+
+/// The parts of `segments` that make up the bytes `range` of their concatenation.
+pub fn slice_segments(segments: &[Segment], range: Range<u32>) -> impl Iterator<Item = Segment> {
+    let mut start = 0u64;
+    let (from, to) = (u64::from(range.start), u64::from(range.end));
+    segments.iter().filter_map(move |segment| {
+        let end = start + u64::from(segment.len);
+        let (first, last) = (from.max(start), to.min(end));
+        let skipped = first.saturating_sub(start);
+        start = end;
+        let len = u32::try_from(last.checked_sub(first)?)
+            .ok()
+            .filter(|&len| len > 0)?;
+        // An address that wraps is no memory; `u64::MAX` isn't either, and the access to it fails.
+        let addr = segment
+            .addr
+            .checked_add(skipped)
+            .unwrap_or(GuestAddress(u64::MAX));
+        Some(Segment { addr, len })
+    })
+}
+
+/// Reads bytes from the start of the concatenated `segments`; false if they are too short or not in memory.
+pub fn read_segments(mem: &GuestRam, segments: &[Segment], buf: &mut [u8]) -> bool {
+    let Ok(len) = u32::try_from(buf.len()) else {
+        return false;
+    };
+    let mut done = 0;
+    for segment in slice_segments(segments, 0..len) {
+        let end = done + segment.len as usize;
+        if mem.read_slice(&mut buf[done..end], segment.addr).is_err() {
+            return false;
+        }
+        done = end;
+    }
+    done == buf.len()
+}
+
+/// Writes bytes to the start of the concatenated `segments`; false if they are too short or not in memory.
+pub fn write_segments(mem: &GuestRam, segments: &[Segment], buf: &[u8]) -> bool {
+    let Ok(len) = u32::try_from(buf.len()) else {
+        return false;
+    };
+    let mut done = 0;
+    for segment in slice_segments(segments, 0..len) {
+        let end = done + segment.len as usize;
+        if mem.write_slice(&buf[done..end], segment.addr).is_err() {
+            return false;
+        }
+        done = end;
+    }
+    done == buf.len()
+}
+
+/// One queue of an active device.
+pub struct Virtqueue {
+    queue: Queue,
+    mem: Arc<GuestRam>,
+    interrupt: Arc<dyn Interrupt>,
+    index: u16,
+    /// Buffers were returned since the driver was last considered for an interrupt.
+    unsignalled: bool,
+}
+
+impl Virtqueue {
+    /// Takes over a validated queue; `index` is the one the interrupt is raised for.
+    pub fn new(queue: Queue, index: u16, mem: Arc<GuestRam>, interrupt: Arc<dyn Interrupt>) -> Self {
+        Self {
+            queue,
+            mem,
+            interrupt,
+            index,
+            unsignalled: false,
+        }
+    }
+
+    /// Guest memory.
+    pub fn mem(&self) -> &Arc<GuestRam> {
+        &self.mem
+    }
+
+    /// Number of entries of the ring.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// Takes the next available chain into `chain`; false if there is none.
+    pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
+        let head = match self.queue.iter(&*self.mem).map_err(QueueError::Ring)?.next() {
+            Some(descriptors) => descriptors.head_index(),
+            None => return Ok(false),
+        };
+        chain.clear(head);
+        self.walk(head, chain)?;
+        Ok(true)
+    }
+
+    /// Makes the last `count` chains popped available again. They must not have been completed.
+    pub fn undo_pop(&mut self, count: u16) {
+        self.queue
+            .set_next_avail(self.queue.next_avail().wrapping_sub(count));
+    }
+
+    fn walk(&self, head: u16, chain: &mut Chain) -> Result<(), QueueError> {
+        let mut table = GuestAddress(self.queue.desc_table());
+        let mut table_len = u32::from(self.queue.size());
+        let mut in_indirect = false;
+        let mut index = head;
+        let mut seen = 0u32;
+        loop {
+            if u32::from(index) >= table_len {
+                return Err(QueueError::IndexOutOfTable {
+                    index,
+                    len: table_len,
+                });
+            }
+            seen += 1;
+            if seen > table_len || chain.segments.len() >= MAX_CHAIN_LEN {
+                return Err(QueueError::TooLong);
+            }
+            let desc = self.read_descriptor(table, index)?;
+            if desc.refers_to_indirect_table() {
+                if in_indirect || desc.has_next() {
+                    return Err(QueueError::MisplacedIndirect);
+                }
+                let entries = desc.len() / DESCRIPTOR_LEN;
+                let whole = desc.len() % DESCRIPTOR_LEN == 0;
+                if !whole || entries == 0 || entries as usize > MAX_CHAIN_LEN {
+                    return Err(QueueError::IndirectTableLen { len: desc.len() });
+                }
+                (table, table_len, in_indirect) = (desc.addr(), entries, true);
+                (index, seen) = (0, 0);
+                continue;
+            }
+            chain.push(&desc)?;
+            if !desc.has_next() {
+                return Ok(());
+            }
+            index = desc.next();
+        }
+    }
+
+    fn read_descriptor(&self, table: GuestAddress, index: u16) -> Result<Descriptor, QueueError> {
+        let offset = u64::from(index) * u64::from(DESCRIPTOR_LEN);
+        let addr = table.checked_add(offset).unwrap_or(GuestAddress(u64::MAX));
+        self.mem.read_obj(addr).map_err(|source| QueueError::Descriptor {
+            addr: addr.raw_value(),
+            source,
+        })
+    }
+
+    /// Returns a chain to the driver with the number of bytes written to it.
+    pub fn complete(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        self.unsignalled = true;
+        self.queue
+            .add_used(&*self.mem, head, written)
+            .map_err(QueueError::Ring)
+    }
+
+    /// Interrupts the driver if it wants to know of what has been completed since the last call.
+    pub fn signal(&mut self) -> Result<(), QueueError> {
+        if std::mem::take(&mut self.unsignalled)
+            && self
+                .queue
+                .needs_notification(&*self.mem)
+                .map_err(QueueError::Ring)?
+        {
+            self.interrupt.signal_used_queue(self.index);
+        }
+        Ok(())
+    }
+
+    /// Asks the driver not to notify: the device is looking anyway.
+    pub fn disable_notification(&mut self) -> Result<(), QueueError> {
+        self.queue
+            .disable_notification(&*self.mem)
+            .map_err(QueueError::Ring)
+    }
+
+    /// Asks the driver to notify of the next chain. True if one came in the meantime: look again.
+    pub fn enable_notification(&mut self) -> Result<bool, QueueError> {
+        self.queue
+            .enable_notification(&*self.mem)
+            .map_err(QueueError::Ring)
+    }
+}
+
+impl fmt::Debug for Virtqueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Virtqueue")
+            .field("index", &self.index)
+            .field("queue", &self.queue)
+            .finish_non_exhaustive()
+    }
+}
