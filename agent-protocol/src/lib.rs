@@ -13,10 +13,7 @@ pub mod frame;
 pub mod limits;
 pub mod stdio;
 
-#[expect(
-    clippy::pedantic,
-    reason = "generated from proto/ by the build script"
-)]
+#[expect(clippy::pedantic, reason = "generated from proto/ by the build script")]
 mod messages {
     include!(concat!(env!("OUT_DIR"), "/messages/mod.rs"));
 }

@@ -186,7 +186,11 @@ impl Bounded for ProcessRef {
 impl Bounded for Rootfs {
     fn check(&self) -> Result<(), InvalidMessage> {
         check_list("rootfs.layer_serials", &self.layer_serials, MAX_LAYERS)?;
-        require(!self.layer_serials.is_empty(), "rootfs.layer_serials", "is empty")?;
+        require(
+            self.root_mode <= 0o7777,
+            "rootfs.root_mode",
+            "has bits above 07777",
+        )?;
         self.layer_serials
             .iter()
             .try_for_each(|serial| check_serial("rootfs.layer_serials", serial))?;

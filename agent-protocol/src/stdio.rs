@@ -16,7 +16,7 @@ pub const FIXED_BYTES: usize = 8;
 const MAGIC: [u8; 4] = *b"HIO1";
 
 /// Which of a process's streams.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Stream {
     /// Host to process.
@@ -30,7 +30,7 @@ pub enum Stream {
 }
 
 /// What a stream belongs to.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct StreamHeader {
     /// The container.
     pub container_id: String,

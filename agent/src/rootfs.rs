@@ -1,0 +1,179 @@
+//! Puts a container's root filesystem together: EROFS layers, a writable layer, overlayfs over both.
+//!
+//! Everything is below `/run/hull/<container>/`, except the layers, which are mounted at short paths
+//! (`/run/l/<n>`) because all lower directories must fit into one page of mount options.
+
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt as _, chown},
+    path::{Path, PathBuf},
+};
+
+use agent_protocol::{FileContent, Rootfs, rootfs::Upper};
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, MsFlags, mount, umount2},
+};
+
+use crate::{block, error::AgentError, init::RUN_DIR};
+
+const LAYERS_DIR: &str = "/run/l";
+
+/// A mounted root filesystem. Dropping it unmounts.
+#[derive(Debug)]
+pub struct MountedRootfs {
+    /// The container's root.
+    pub root: PathBuf,
+    /// Files to mount over the image: (source, destination in the container).
+    pub files: Vec<(PathBuf, PathBuf)>,
+    /// Mount points in the order they were mounted.
+    mounted: Vec<PathBuf>,
+    dir: PathBuf,
+}
+
+fn io_errno(error: &std::io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}
+
+fn make_dir(path: &Path) -> Result<(), AgentError> {
+    fs::create_dir_all(path)
+        .map_err(|error| AgentError::rootfs(format!("creating {}", path.display()))(io_errno(&error)))
+}
+
+impl MountedRootfs {
+    /// Mounts what the request describes.
+    pub fn mount(container_id: &str, spec: &Rootfs) -> Result<Self, AgentError> {
+        let dir = Path::new(RUN_DIR).join(container_id);
+        let mut this = Self {
+            root: dir.join("rootfs"),
+            files: Vec::new(),
+            mounted: Vec::new(),
+            dir: dir.clone(),
+        };
+        let lower = this.mount_layers(&spec.layer_serials)?;
+        let upper = dir.join("upper");
+        make_dir(&this.root)?;
+        match &spec.upper {
+            Some(Upper::TmpfsBytes(bytes)) => {
+                // No limit on inodes beside the microVM's memory, which the size doesn't bound either.
+                let options = format!("size={bytes},nr_inodes=0,mode=0700");
+                this.mount_at("tmpfs", &upper, "tmpfs", MsFlags::empty(), &options)?;
+                this.mount_overlay(spec, &lower, Some(&upper))?;
+            }
+            Some(Upper::BlockSerial(serial)) => {
+                let device = device(serial)?;
+                this.mount_at(&device, &upper, "ext4", MsFlags::MS_NOATIME, "")?;
+                this.mount_overlay(spec, &lower, Some(&upper))?;
+            }
+            // Without a writable layer; `Bounded` lets that through only for a read-only root.
+            _ => this.mount_read_only(&lower)?,
+        }
+        Ok(this)
+    }
+
+    fn mount_at(
+        &mut self,
+        source: &str,
+        target: &Path,
+        kind: &str,
+        flags: MsFlags,
+        options: &str,
+    ) -> Result<(), AgentError> {
+        make_dir(target)?;
+        mount(Some(source), target, Some(kind), flags, Some(options))
+            .map_err(AgentError::rootfs(format!("mounting {kind} {source}")))?;
+        self.mounted.push(target.to_owned());
+        Ok(())
+    }
+
+    /// Mounts the layers and returns their directories, top layer first as overlayfs wants them.
+    fn mount_layers(&mut self, serials: &[String]) -> Result<Vec<String>, AgentError> {
+        let mut lower = Vec::with_capacity(serials.len());
+        for (index, serial) in serials.iter().enumerate() {
+            let device = device(serial)?;
+            let target = format!("{LAYERS_DIR}/{index}");
+            self.mount_at(&device, Path::new(&target), "erofs", MsFlags::MS_RDONLY, "")?;
+            lower.push(target);
+        }
+        if lower.is_empty() {
+            // An image without layers is an empty root.
+            let empty = self.dir.join("empty");
+            make_dir(&empty)?;
+            lower.push(empty.display().to_string());
+        }
+        lower.reverse();
+        Ok(lower)
+    }
+
+    fn mount_overlay(
+        &mut self,
+        spec: &Rootfs,
+        lower: &[String],
+        upper: Option<&Path>,
+    ) -> Result<(), AgentError> {
+        let mut options = format!("lowerdir={}", lower.join(":"));
+        if let Some(upper) = upper {
+            let (diff, work) = (upper.join("diff"), upper.join("work"));
+            make_dir(&diff)?;
+            make_dir(&work)?;
+            set_root_metadata(&diff, spec)?;
+            options += &format!(
+                ",upperdir={},workdir={},redirect_dir=on,metacopy=off",
+                diff.display(),
+                work.display()
+            );
+        }
+        let root = self.root.clone();
+        self.mount_at("overlay", &root, "overlay", MsFlags::empty(), &options)
+    }
+
+    fn mount_read_only(&mut self, lower: &[String]) -> Result<(), AgentError> {
+        let [only] = lower else {
+            return self.mount_overlay(&Rootfs::default(), lower, None);
+        };
+        let root = self.root.clone();
+        self.mount_at(only, &root, "", MsFlags::MS_BIND, "")
+    }
+
+    /// Writes the files the host gives, outside of the root, to be mounted over it.
+    pub fn write_files(&mut self, files: &[FileContent]) -> Result<(), AgentError> {
+        let dir = self.dir.join("files");
+        make_dir(&dir)?;
+        for (index, file) in files.iter().enumerate() {
+            let source = dir.join(index.to_string());
+            let mode = fs::Permissions::from_mode(file.mode);
+            fs::write(&source, &file.content)
+                .and_then(|()| fs::set_permissions(&source, mode))
+                .map_err(|error| AgentError::setup(format!("writing {}", file.path))(io_errno(&error)))?;
+            self.files.push((source, PathBuf::from(&file.path)));
+        }
+        Ok(())
+    }
+}
+
+fn device(serial: &str) -> Result<String, AgentError> {
+    let path = block::find(serial)
+        .ok_or_else(|| AgentError::rootfs(format!("finding the disk {serial:?}"))(Errno::ENODEV))?;
+    Ok(path.display().to_string())
+}
+
+fn set_root_metadata(root: &Path, spec: &Rootfs) -> Result<(), AgentError> {
+    let mode = if spec.root_mode == 0 {
+        0o755
+    } else {
+        spec.root_mode
+    };
+    chown(root, Some(spec.root_uid), Some(spec.root_gid))
+        .and_then(|()| fs::set_permissions(root, fs::Permissions::from_mode(mode)))
+        .map_err(|error| AgentError::rootfs("setting the root directory's owner and mode")(io_errno(&error)))
+}
+
+impl Drop for MountedRootfs {
+    fn drop(&mut self) {
+        for target in self.mounted.iter().rev() {
+            // Lazily: a process that is just dying may still be in there.
+            let _ = umount2(target, MntFlags::MNT_DETACH);
+        }
+        drop(fs::remove_dir_all(&self.dir));
+    }
+}

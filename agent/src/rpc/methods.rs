@@ -1,0 +1,164 @@
+//! One function per method: from the checked message to the containers and back.
+
+use std::sync::Arc;
+
+use agent_protocol::{
+    CloseStdin, Connect, ConnectRequest, ConnectResponse, CreateContainer, CreateExec, DecodeError, Empty,
+    GetStats, ListProcesses, ListProcessesResponse, Method, PROTOCOL_VERSION, ProcessRef, ResizeTty, SERVICE,
+    Shutdown, SignalProcess, StartProcess, StartProcessResponse, WaitProcess, decode, envelope::Request,
+};
+
+use super::{BootTimes, Responder};
+use crate::{containers::Containers, error::AgentError, init, log::log};
+
+/// One connection's state.
+#[derive(Debug)]
+pub(super) struct Connection {
+    containers: Arc<Containers>,
+    boot: BootTimes,
+    /// The version was agreed on.
+    connected: bool,
+}
+
+fn decode_as<M: Method>(request: &Request) -> Result<M::Request, AgentError> {
+    decode::<M::Request>(&request.payload).map_err(|error| match error {
+        DecodeError::Invalid(invalid) => AgentError::Invalid(invalid),
+        _ => AgentError::Malformed,
+    })
+}
+
+fn process_ref(container_id: &str, exec_id: &str) -> ProcessRef {
+    ProcessRef {
+        container_id: container_id.to_owned(),
+        exec_id: exec_id.to_owned(),
+        ..ProcessRef::default()
+    }
+}
+
+impl Connection {
+    pub(super) fn new(containers: Arc<Containers>, boot: BootTimes) -> Self {
+        Self {
+            containers,
+            boot,
+            connected: false,
+        }
+    }
+
+    /// Handles one request; answers it unless it returns an error.
+    pub(super) fn handle(&mut self, request: &Request, responder: &Responder) -> Result<(), AgentError> {
+        let method = request.method.as_str();
+        let unknown = || AgentError::UnknownMethod {
+            method: format!("{}/{method}", request.service),
+        };
+        if request.service != SERVICE {
+            return Err(unknown());
+        }
+        if method == Connect::NAME {
+            let response = self.connect(&decode_as::<Connect>(request)?)?;
+            responder.succeed(&response);
+            return Ok(());
+        }
+        if !self.connected {
+            return Err(AgentError::WrongState {
+                id: method.to_owned(),
+                state: "not allowed before Connect",
+            });
+        }
+        let containers = &self.containers;
+        match method {
+            CreateContainer::NAME => {
+                containers.create(decode_as::<CreateContainer>(request)?)?;
+                responder.succeed(&Empty::default());
+            }
+            CreateExec::NAME => {
+                containers.create_exec(decode_as::<CreateExec>(request)?)?;
+                responder.succeed(&Empty::default());
+            }
+            StartProcess::NAME => {
+                let pid = containers.start(&decode_as::<StartProcess>(request)?)?;
+                responder.succeed(&StartProcessResponse {
+                    pid,
+                    ..StartProcessResponse::default()
+                });
+            }
+            SignalProcess::NAME => {
+                let signal = decode_as::<SignalProcess>(request)?;
+                let process = process_ref(&signal.container_id, &signal.exec_id);
+                containers.signal(&process, signal.signal, signal.all)?;
+                responder.succeed(&Empty::default());
+            }
+            WaitProcess::NAME => {
+                let process = decode_as::<WaitProcess>(request)?;
+                let responder = responder.clone();
+                containers.wait(&process, Box::new(move |exit| responder.succeed(&exit)))?;
+            }
+            ResizeTty::NAME => {
+                let resize = decode_as::<ResizeTty>(request)?;
+                let process = process_ref(&resize.container_id, &resize.exec_id);
+                containers.resize(&process, &resize.window_size)?;
+                responder.succeed(&Empty::default());
+            }
+            CloseStdin::NAME => {
+                containers.close_stdin(&decode_as::<CloseStdin>(request)?)?;
+                responder.succeed(&Empty::default());
+            }
+            ListProcesses::NAME => {
+                let pids = containers.pids(&decode_as::<ListProcesses>(request)?.container_id)?;
+                responder.succeed(&ListProcessesResponse {
+                    pids,
+                    ..ListProcessesResponse::default()
+                });
+            }
+            GetStats::NAME => {
+                let stats = containers.stats(&decode_as::<GetStats>(request)?.container_id)?;
+                responder.succeed(&stats);
+            }
+            Shutdown::NAME => {
+                containers.kill_all();
+                responder.succeed(&Empty::default());
+                power_off();
+            }
+            _ => return Err(unknown()),
+        }
+        Ok(())
+    }
+
+    fn connect(&mut self, request: &ConnectRequest) -> Result<ConnectResponse, AgentError> {
+        if request.protocol_version != PROTOCOL_VERSION {
+            return Err(AgentError::Version {
+                host: request.protocol_version,
+            });
+        }
+        if request.realtime_ns != 0
+            && let Err(errno) = init::set_clock(request.realtime_ns)
+        {
+            log!("setting the clock: {errno}");
+        }
+        if !request.entropy.is_empty()
+            && let Err(error) = init::seed_random(&request.entropy)
+        {
+            log!("seeding the random pool: {error}");
+        }
+        self.connected = true;
+        let system = nix::sys::utsname::uname();
+        let release = system.map(|system| system.release().to_string_lossy().into_owned());
+        let (memory_total_bytes, cpu_count) = init::size();
+        Ok(ConnectResponse {
+            protocol_version: PROTOCOL_VERSION,
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel_release: release.unwrap_or_default(),
+            boot_to_agent_ns: self.boot.agent_ns,
+            boot_to_ready_ns: self.boot.ready_ns,
+            memory_total_bytes,
+            cpu_count,
+            ..ConnectResponse::default()
+        })
+    }
+}
+
+/// Flushes what is to be kept and ends the microVM, which the VMM sees as its orderly end.
+fn power_off() {
+    nix::unistd::sync();
+    let Err(errno) = nix::sys::reboot::reboot(nix::sys::reboot::RebootMode::RB_AUTOBOOT);
+    log!("reboot: {errno}");
+}

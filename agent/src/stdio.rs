@@ -1,0 +1,259 @@
+//! Streams between the host and a process: each a vsock connection of its own, each moved by a thread of its own.
+//!
+//! A stream waits in [`Streams`] from its arrival until its process starts. The process sees pipes (or its
+//! terminal), never the socket: `/dev/stdout` can be opened again, and the end of a pipe is the end of
+//! everybody who had it. The half-close of a socket is the end of the stream in that direction.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::{Read as _, Write as _},
+    os::fd::{AsRawFd as _, OwnedFd},
+    sync::{Arc, Condvar, Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use agent_protocol::{
+    Process,
+    stdio::{FIXED_BYTES, FixedPart, Stream, StreamHeader},
+};
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl, open},
+    sys::{
+        socket::{Shutdown, setsockopt, shutdown, sockopt},
+        stat::Mode,
+        time::{TimeVal, TimeValLike as _},
+    },
+    unistd::pipe2,
+};
+
+use crate::{error::AgentError, log::log, vsock};
+
+/// How long the host may take for the header, and for attaching what it declared.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Streams that wait for their process; a host that exceeds it gets its oldest errors back as missing streams.
+const MAX_WAITING: usize = 256;
+/// One read or write of a pump. As large as the pipe.
+const BUFFER_BYTES: usize = 256 * 1024;
+
+/// Streams that have arrived and whose process hasn't started.
+#[derive(Debug, Default)]
+pub struct Streams {
+    waiting: Mutex<HashMap<StreamHeader, File>>,
+    arrived: Condvar,
+}
+
+impl Streams {
+    fn offer(&self, header: StreamHeader, socket: File) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if waiting.len() < MAX_WAITING {
+            waiting.insert(header, socket);
+            self.arrived.notify_all();
+        }
+    }
+
+    /// Takes a stream, waiting for it to arrive.
+    fn take(&self, header: &StreamHeader) -> Result<File, AgentError> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(socket) = waiting.remove(header) {
+                return Ok(socket);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(AgentError::StreamsMissing);
+            }
+            (waiting, _) = self
+                .arrived
+                .wait_timeout(waiting, left)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Accepts streams for ever.
+    pub fn serve(self: &Arc<Self>, listener: &OwnedFd) {
+        loop {
+            let socket = match vsock::accept_host(listener) {
+                Ok(socket) => socket,
+                Err(errno) => {
+                    log!("accepting a stream: {errno}");
+                    thread::sleep(Duration::from_millis(100));
+                    continue;
+                }
+            };
+            // The header follows the connection at once; a host that stalls here stalls only itself.
+            match read_header(socket) {
+                Ok((header, socket)) => self.offer(header, socket),
+                Err(error) => log!("reading a stream's header: {error}"),
+            }
+        }
+    }
+}
+
+fn read_header(mut socket: File) -> Result<(StreamHeader, File), Box<dyn std::error::Error>> {
+    let limit = |milliseconds| TimeVal::milliseconds(milliseconds);
+    setsockopt(
+        &socket,
+        sockopt::ReceiveTimeout,
+        &limit(i64::try_from(PATIENCE.as_millis())?),
+    )?;
+    let mut fixed = [0; FIXED_BYTES];
+    socket.read_exact(&mut fixed)?;
+    let fixed = FixedPart::parse(fixed)?;
+    let mut ids = vec![0; fixed.remaining_bytes()];
+    socket.read_exact(&mut ids)?;
+    let header = fixed.complete(&ids)?;
+    setsockopt(&socket, sockopt::ReceiveTimeout, &limit(0))?;
+    Ok((header, socket))
+}
+
+/// The agent's ends of a process's streams.
+#[derive(Debug, Default)]
+pub struct AgentEnds {
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+    /// The process's terminal, in place of the other three.
+    pub terminal: Option<Arc<File>>,
+    attach_terminal: bool,
+}
+
+/// Makes a process's streams: what it gets as stdin, stdout and stderr, and the agent's ends of them.
+pub fn prepare(process: &Process) -> Result<([OwnedFd; 3], AgentEnds), AgentError> {
+    let null = || open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
+    let mut ends = AgentEnds::default();
+    if process.terminal {
+        ends.attach_terminal = process.attach_stdin || process.attach_stdout;
+        let nulls = [null(), null(), null()].map(|fd| fd.map_err(AgentError::setup("opening /dev/null")));
+        let [stdin, stdout, stderr] = nulls;
+        return Ok(([stdin?, stdout?, stderr?], ends));
+    }
+    let pipe = || -> Result<(OwnedFd, OwnedFd), Errno> {
+        let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
+        // A larger pipe means fewer switches between writer and pump; the default still works.
+        let size = i32::try_from(BUFFER_BYTES).unwrap_or(i32::MAX);
+        let _ = fcntl(&write, FcntlArg::F_SETPIPE_SZ(size));
+        Ok((read, write))
+    };
+    let output = |attach: bool| -> Result<(OwnedFd, Option<OwnedFd>), Errno> {
+        if !attach {
+            return Ok((null()?, None));
+        }
+        let (read, write) = pipe()?;
+        Ok((write, Some(read)))
+    };
+    let (stdout, stdout_end) = output(process.attach_stdout).map_err(AgentError::setup("creating stdout"))?;
+    let (stderr, stderr_end) = output(process.attach_stderr).map_err(AgentError::setup("creating stderr"))?;
+    (ends.stdout, ends.stderr) = (stdout_end, stderr_end);
+    let stdin = if process.attach_stdin {
+        let (read, write) = pipe().map_err(AgentError::setup("creating stdin"))?;
+        ends.stdin = Some(write);
+        read
+    } else {
+        null().map_err(AgentError::setup("opening /dev/null"))?
+    };
+    Ok(([stdin, stdout, stderr], ends))
+}
+
+/// Ends a process's stdin from outside of its pump.
+#[derive(Debug, Clone)]
+pub struct StdinCloser {
+    socket: Arc<File>,
+}
+
+impl StdinCloser {
+    /// Makes the pump see the end of its stream.
+    pub fn close(&self) {
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Read);
+    }
+}
+
+impl AgentEnds {
+    /// Joins the ends with the streams the host attached and starts to move bytes.
+    pub fn connect(
+        self,
+        streams: &Streams,
+        container_id: &str,
+        exec_id: &str,
+    ) -> Result<Option<StdinCloser>, AgentError> {
+        let take = |stream| {
+            streams.take(&StreamHeader {
+                container_id: container_id.to_owned(),
+                exec_id: exec_id.to_owned(),
+                stream,
+            })
+        };
+        if self.attach_terminal
+            && let Some(terminal) = self.terminal
+        {
+            let socket = Arc::new(take(Stream::Terminal)?);
+            pump(
+                "terminal output",
+                Arc::clone(&terminal),
+                Arc::clone(&socket),
+                true,
+            )?;
+            pump("terminal input", Arc::clone(&socket), terminal, false)?;
+            return Ok(Some(StdinCloser { socket }));
+        }
+        // All are taken before one is moved, so that a missing one fails the start without losing bytes.
+        let outputs = [(self.stdout, Stream::Stdout), (self.stderr, Stream::Stderr)];
+        let mut connected = Vec::new();
+        for (end, stream) in outputs {
+            if let Some(end) = end {
+                connected.push((end, Arc::new(take(stream)?)));
+            }
+        }
+        let stdin = match self.stdin {
+            Some(end) => Some((end, Arc::new(take(Stream::Stdin)?))),
+            None => None,
+        };
+        for (end, socket) in connected {
+            pump("output", Arc::new(File::from(end)), socket, true)?;
+        }
+        let Some((end, socket)) = stdin else {
+            return Ok(None);
+        };
+        pump("input", Arc::clone(&socket), Arc::new(File::from(end)), false)?;
+        Ok(Some(StdinCloser { socket }))
+    }
+}
+
+/// Moves bytes from one end to the other on a thread, until either ends.
+fn pump(name: &str, from: Arc<File>, to: Arc<File>, to_host: bool) -> Result<(), AgentError> {
+    thread::Builder::new()
+        .name(name.to_owned())
+        .stack_size(64 * 1024)
+        .spawn(move || {
+            copy(&from, &to);
+            if to_host {
+                let _ = shutdown(to.as_raw_fd(), Shutdown::Write);
+            }
+        })
+        .map(drop)
+        .map_err(|error| {
+            AgentError::setup("starting a stream's thread")(
+                error.raw_os_error().map_or(Errno::EAGAIN, Errno::from_raw),
+            )
+        })
+}
+
+fn copy(mut from: &File, mut to: &File) {
+    let mut buffer = vec![0; BUFFER_BYTES];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(length) => {
+                if to.write_all(&buffer[..length]).is_err() {
+                    return;
+                }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            // A terminal whose other end was closed by its last user gives EIO: its end of file.
+            Err(_) => return,
+        }
+    }
+}

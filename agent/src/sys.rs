@@ -1,0 +1,306 @@
+#![expect(unsafe_code, reason = "system calls that nix doesn't wrap, and fork")]
+//! Thin wrappers of the system calls the agent needs and `nix` lacks. Each checks its result, none keeps state.
+
+use std::{
+    ffi::CString,
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
+    path::Path,
+};
+
+use nix::errno::Errno;
+
+fn path_string(path: &Path) -> Result<CString, Errno> {
+    use std::os::unix::ffi::OsStrExt as _;
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)
+}
+
+/// The two sides of a fork.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fork {
+    /// In the parent.
+    Parent {
+        /// The child's process id, as the parent sees it.
+        child: i32,
+    },
+    /// In the child.
+    Child,
+}
+
+/// Forks. The child has one thread and may allocate: glibc's `fork` hands its allocator over consistently.
+/// It must take no lock of this program and end by `execve` or [`exit_now`].
+pub fn fork() -> Result<Fork, Errno> {
+    // SAFETY: the callers keep to the rule above; they are `process::child::run` and its own second fork.
+    match Errno::result(unsafe { libc::fork() })? {
+        0 => Ok(Fork::Child),
+        child => Ok(Fork::Parent { child }),
+    }
+}
+
+/// Ends a forked child without running the parent's exit handlers.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: `_exit` has no preconditions.
+    unsafe { libc::_exit(code) }
+}
+
+/// A pidfd of a living process.
+pub fn pidfd_open(pid: i32) -> Result<OwnedFd, Errno> {
+    // SAFETY: plain integers in, a new descriptor or an error out.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    let fd = RawFd::try_from(fd).map_err(|_| Errno::EBADF)?;
+    // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Marks all descriptors from `first` on close-on-exec.
+pub fn cloexec_from(first: RawFd) -> Result<(), Errno> {
+    close_range(first, libc::CLOSE_RANGE_CLOEXEC)
+}
+
+/// Closes all descriptors from `first` on. Only for a forked child, which owns none of the parent's objects.
+pub fn close_from(first: RawFd) -> Result<(), Errno> {
+    close_range(first, 0)
+}
+
+fn close_range(first: RawFd, flags: u32) -> Result<(), Errno> {
+    // SAFETY: plain integers; the callers document which descriptors they give up.
+    Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, flags) }).map(drop)
+}
+
+/// A descriptor that this forked child placed at a fixed number and keeps open until it ends.
+pub fn borrow_fd(fd: RawFd) -> BorrowedFd<'static> {
+    // SAFETY: called by the child after `duplicate_to` that number, which it never closes.
+    unsafe { BorrowedFd::borrow_raw(fd) }
+}
+
+/// A detached copy of the mount at `path`, to be attached by [`move_mount`] in another root.
+pub fn open_tree_clone(path: &Path) -> Result<OwnedFd, Errno> {
+    let path = path_string(path)?;
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+    // SAFETY: `path` is a NUL-terminated string that outlives the call.
+    let fd =
+        Errno::result(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })?;
+    let fd = RawFd::try_from(fd).map_err(|_| Errno::EBADF)?;
+    // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Attaches a detached mount at `path`.
+pub fn move_mount(tree: BorrowedFd<'_>, path: &Path) -> Result<(), Errno> {
+    const MOVE_MOUNT_F_EMPTY_PATH: u32 = 4;
+    let path = path_string(path)?;
+    // SAFETY: both strings are NUL-terminated and outlive the call.
+    Errno::result(unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            MOVE_MOUNT_F_EMPTY_PATH,
+        )
+    })
+    .map(drop)
+}
+
+/// Sets the calling thread's capability sets.
+pub fn set_capabilities(effective: u64, permitted: u64, inheritable: u64) -> Result<(), Errno> {
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    #[repr(C)]
+    struct Data {
+        effective: u32,
+        permitted: u32,
+        inheritable: u32,
+    }
+    const VERSION_3: u32 = 0x2008_0522;
+    let half = |mask: u64, upper: bool| {
+        u32::try_from(if upper { mask >> 32 } else { mask & 0xffff_ffff }).unwrap_or(0)
+    };
+    let header = Header {
+        version: VERSION_3,
+        pid: 0,
+    };
+    let data = [false, true].map(|upper| Data {
+        effective: half(effective, upper),
+        permitted: half(permitted, upper),
+        inheritable: half(inheritable, upper),
+    });
+    // SAFETY: version 3 takes a header and two data structures, which live across the call.
+    Errno::result(unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) }).map(drop)
+}
+
+/// Drops a capability from the bounding set.
+pub fn drop_bounding(capability: u32) -> Result<(), Errno> {
+    // SAFETY: plain integers.
+    Errno::result(unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(capability), 0, 0, 0) })
+        .map(drop)
+}
+
+/// Raises a capability in the ambient set.
+pub fn raise_ambient(capability: u32) -> Result<(), Errno> {
+    // SAFETY: plain integers.
+    Errno::result(unsafe {
+        libc::prctl(
+            libc::PR_CAP_AMBIENT,
+            libc::PR_CAP_AMBIENT_RAISE,
+            libc::c_ulong::from(capability),
+            0,
+            0,
+        )
+    })
+    .map(drop)
+}
+
+/// Installs a seccomp filter given as classic BPF instructions.
+pub fn set_seccomp(program: &[u8]) -> Result<(), Errno> {
+    let instructions: Vec<libc::sock_filter> = program
+        .chunks_exact(8)
+        .map(|bytes| libc::sock_filter {
+            code: u16::from_ne_bytes([bytes[0], bytes[1]]),
+            jt: bytes[2],
+            jf: bytes[3],
+            k: u32::from_ne_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
+        })
+        .collect();
+    let filter = libc::sock_fprog {
+        len: u16::try_from(instructions.len()).map_err(|_| Errno::EINVAL)?,
+        filter: instructions.as_ptr().cast_mut(),
+    };
+    // SAFETY: `filter` points to `len` instructions which live across the call; the kernel copies them.
+    Errno::result(unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            0,
+            &raw const filter,
+        )
+    })
+    .map(drop)
+}
+
+/// Makes a terminal the controlling one of the calling session leader.
+pub fn set_controlling_terminal(terminal: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: the request takes an integer.
+    Errno::result(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 0) }).map(drop)
+}
+
+/// Sets a terminal's size.
+pub fn set_window_size(terminal: BorrowedFd<'_>, rows: u16, columns: u16) -> Result<(), Errno> {
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: the request reads one `winsize`, which lives across the call.
+    Errno::result(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) }).map(drop)
+}
+
+/// Unlocks a pseudo-terminal and opens its other end, without going through a path that a container could forge.
+/// Also says its number in its devpts.
+pub fn open_terminal_peer(master: BorrowedFd<'_>) -> Result<(OwnedFd, u32), Errno> {
+    let unlock: libc::c_int = 0;
+    let mut number: libc::c_uint = 0;
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: the requests read one int, write one unsigned int and take an integer; the former live across the calls.
+    let peer = unsafe {
+        Errno::result(libc::ioctl(
+            master.as_raw_fd(),
+            libc::TIOCSPTLCK,
+            &raw const unlock,
+        ))?;
+        Errno::result(libc::ioctl(master.as_raw_fd(), libc::TIOCGPTN, &raw mut number))?;
+        Errno::result(libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags))?
+    };
+    // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+    Ok((unsafe { OwnedFd::from_raw_fd(peer) }, number))
+}
+
+/// Mixes bytes into the kernel's random pool and credits them.
+pub fn add_entropy(random: BorrowedFd<'_>, bytes: &[u8]) -> Result<(), Errno> {
+    // _IOW('R', 0x03, int[2])
+    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+    // _IO('R', 0x07)
+    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+    let length = i32::try_from(bytes.len()).map_err(|_| Errno::EINVAL)?;
+    let mut message = Vec::with_capacity(8 + bytes.len());
+    message.extend((length.saturating_mul(8)).to_ne_bytes());
+    message.extend(length.to_ne_bytes());
+    message.extend(bytes);
+    // SAFETY: the request reads two ints, the second of which says how many bytes follow; both are true.
+    unsafe {
+        Errno::result(libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, message.as_ptr()))?;
+        Errno::result(libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG))?;
+    }
+    Ok(())
+}
+
+/// Brings a network interface up.
+pub fn interface_up(name: &str) -> Result<(), Errno> {
+    let socket = nix::sys::socket::socket(
+        nix::sys::socket::AddressFamily::Inet,
+        nix::sys::socket::SockType::Datagram,
+        nix::sys::socket::SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    // SAFETY: `ifreq` is a plain C structure for which all zeroes is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(Errno::EINVAL);
+    }
+    for (slot, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *slot = byte.cast_signed();
+    }
+    let up = libc::c_short::try_from(libc::IFF_UP | libc::IFF_RUNNING).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: both requests take one `ifreq`, which lives across the calls; the union's flags were filled by the first.
+    unsafe {
+        Errno::result(libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCGIFFLAGS,
+            &raw mut request,
+        ))?;
+        request.ifr_ifru.ifru_flags |= up;
+        Errno::result(libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCSIFFLAGS,
+            &raw const request,
+        ))?;
+    }
+    Ok(())
+}
+
+/// Replaces the program. Returns only on failure.
+pub fn execve(path: &std::ffi::CStr, args: &[CString], env: &[CString]) -> Errno {
+    match nix::unistd::execve(path, args, env) {
+        Ok(never) => match never {},
+        Err(errno) => errno,
+    }
+}
+
+/// Sets a resource limit of the calling process.
+pub fn set_rlimit(resource: u32, limit: &libc::rlimit) -> Result<(), Errno> {
+    // SAFETY: the limit lives across the call; an unknown resource is an error.
+    Errno::result(unsafe { libc::setrlimit(resource, limit) }).map(drop)
+}
+
+/// Sets how the calling process takes a signal; only to what needs no handler.
+pub fn set_signal(
+    signal: nix::sys::signal::Signal,
+    handler: nix::sys::signal::SigHandler,
+) -> Result<(), Errno> {
+    debug_assert!(
+        !matches!(handler, nix::sys::signal::SigHandler::Handler(_)),
+        "no handlers here"
+    );
+    // SAFETY: ignoring a signal or taking its default installs no code.
+    unsafe { nix::sys::signal::signal(signal, handler) }.map(drop)
+}
+
+/// Makes `target` a copy of `fd` that stays open across `execve`. Only for a forked child, which gives up what `target` was.
+pub fn duplicate_to(fd: BorrowedFd<'_>, target: RawFd) -> Result<(), Errno> {
+    // SAFETY: plain integers; the caller gives up `target`.
+    Errno::result(unsafe { libc::dup2(fd.as_raw_fd(), target) }).map(drop)
+}
