@@ -1,1 +1,6 @@
-//! See ARCHITECTURE.md.
+//! What the end-to-end tests share: driving the programs that are shipped, in worlds of their own, on real microVMs.
+//!
+//! Owner: `cargo xtask test`, which builds the products and names them in the environment. Nothing here is linked by a
+//! product.
+
+pub mod hull;
