@@ -37,6 +37,9 @@ pub struct StartMetrics {
     pub devices_us: u64,
     /// Creating and preparing the vCPUs.
     pub vcpus_us: u64,
+    /// Process start to the first `KVM_RUN`; missing until then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub main_to_first_run_us: Option<u64>,
 }
 
 /// One mark the guest set on the boot timer.

@@ -40,7 +40,8 @@ impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         // Not `write_all`, which tries again when interrupted.
         let written = self.file.write(bytes).unwrap_or(0);
-        self.dropped_bytes.fetch_add((bytes.len() - written) as u64, Ordering::Relaxed);
+        self.dropped_bytes
+            .fetch_add((bytes.len() - written) as u64, Ordering::Relaxed);
         Ok(bytes.len())
     }
 
@@ -58,7 +59,9 @@ pub struct Serial {
 
 impl std::fmt::Debug for Serial {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Serial").field("dropped_bytes", &self.dropped_bytes).finish_non_exhaustive()
+        f.debug_struct("Serial")
+            .field("dropped_bytes", &self.dropped_bytes)
+            .finish_non_exhaustive()
     }
 }
 
@@ -71,8 +74,15 @@ impl Serial {
         let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(SerialError)?;
         let line = Line(interrupt.try_clone().map_err(SerialError)?);
         let dropped_bytes = Arc::new(AtomicU64::new(0));
-        let output = Output { file: output, dropped_bytes: Arc::clone(&dropped_bytes) };
-        Ok(Self { uart: Mutex::new(Uart::new(line, output)), interrupt, dropped_bytes })
+        let output = Output {
+            file: output,
+            dropped_bytes: Arc::clone(&dropped_bytes),
+        };
+        Ok(Self {
+            uart: Mutex::new(Uart::new(line, output)),
+            interrupt,
+            dropped_bytes,
+        })
     }
 
     /// To be connected to the UART's interrupt line.
@@ -94,12 +104,23 @@ impl BusDevice for Serial {
             data.fill(0xff);
             return;
         };
-        *byte = self.uart.lock().unwrap_or_else(PoisonError::into_inner).read(offset);
+        *byte = self
+            .uart
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .read(offset);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        let (Ok(offset), [byte]) = (u8::try_from(offset), data) else { return };
-        if let Err(error) = self.uart.lock().unwrap_or_else(PoisonError::into_inner).write(offset, *byte) {
+        let (Ok(offset), [byte]) = (u8::try_from(offset), data) else {
+            return;
+        };
+        if let Err(error) = self
+            .uart
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .write(offset, *byte)
+        {
             tracing::debug!(?error, "serial port");
         }
     }

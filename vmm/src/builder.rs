@@ -1,0 +1,340 @@
+//! Assembles a microVM; nothing else does.
+//!
+//! Order, which matters: memory, VM with its chips and slots, devices (they add to the command line), kernel and boot data
+//! (which need the complete command line), vCPUs (whose CPUID and registers need all of the above), threads.
+//!
+//! Thread: the event loop's. Everything made here is taken down by dropping [`MicroVm`].
+
+use crate::{
+    arch::x86_64::{
+        backend,
+        boot::{self, BootError, BootSource},
+        cpuid::{CpuidError, CpuidTable},
+        layout,
+        msr::{self, MsrError},
+        regs::{self, RegsError},
+    },
+    boot_timer::BootTimer,
+    config::VmSpec,
+    device_manager::{DeviceManager, DeviceManagerError, Subscriber},
+    devices::legacy::{BootTimerDevice, I8042, Serial, SerialError},
+    jail::seccomp::{Filters, Role},
+    stop::StopSignal,
+    vstate::{
+        kvm::KvmHost,
+        memory::{self, MemoryError},
+        vcpu::{
+            self, Vcpu, VcpuContext, VcpuHandle,
+            control::{Order, VcpuControl},
+        },
+        vm::{Vm, VmError},
+    },
+};
+use kvm_ioctls::VcpuFd;
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use vmm_api::{StartMetrics, VcpuMetrics};
+
+/// How long a vCPU may take to leave the guest. It needs microseconds; a host under heavy load may need much more.
+const HOLD_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a microVM can't be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The VM.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The devices.
+    #[error(transparent)]
+    Devices(#[from] DeviceManagerError),
+    /// The UART.
+    #[error(transparent)]
+    Serial(#[from] SerialError),
+    /// Kernel and boot data.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Processor features.
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
+    /// Processor state.
+    #[error(transparent)]
+    Regs(#[from] RegsError),
+    /// Processor state.
+    #[error(transparent)]
+    Msr(#[from] MsrError),
+    /// A thread.
+    #[error("can't start the thread of vCPU {index}")]
+    Thread {
+        /// The vCPU.
+        index: u8,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The kick signal.
+    #[error("can't prepare the process for vCPU threads")]
+    Process(#[source] io::Error),
+}
+
+/// A vCPU did not leave the guest in time.
+#[derive(Debug, thiserror::Error)]
+#[error("vCPU {index} did not pause within {} s", HOLD_TIMEOUT.as_secs())]
+pub struct HoldError {
+    index: usize,
+}
+
+/// A microVM that can run.
+#[derive(Debug)]
+pub struct MicroVm {
+    /// Dropped first: the threads must be gone before the VM is.
+    vcpus: Vec<VcpuHandle>,
+    devices: DeviceManager,
+    boot_timer: Arc<BootTimer>,
+    unclaimed: Arc<AtomicU64>,
+    start: StartMetrics,
+    _vm: Vm,
+}
+
+/// Measures one step after another.
+struct Stopwatch(Instant);
+
+impl Stopwatch {
+    fn lap_us(&mut self) -> u64 {
+        let now = Instant::now();
+        let lap = now - std::mem::replace(&mut self.0, now);
+        u64::try_from(lap.as_micros()).unwrap_or(u64::MAX)
+    }
+}
+
+/// Builds what `spec` describes; its vCPUs hold until [`MicroVm::resume`].
+///
+/// # Errors
+/// [`BuildError`]; nothing is left behind.
+pub fn build(
+    host: &KvmHost,
+    spec: VmSpec,
+    stop: &Arc<StopSignal>,
+    filters: &Filters,
+) -> Result<MicroVm, BuildError> {
+    let mut spec = spec;
+    let mut watch = Stopwatch(Instant::now());
+    let mut start = StartMetrics::default();
+    let ram = Arc::new(memory::create(spec.memory_mib, spec.huge_pages)?);
+    let vm = Vm::new(host, ram)?;
+    start.create_vm_us = watch.lap_us();
+
+    let boot_timer = Arc::new(BootTimer::default());
+    let mut devices = attach_devices(&vm, &mut spec, stop, &boot_timer)?;
+    start.devices_us = watch.lap_us();
+
+    let cmdline = full_cmdline(&spec.cmdline, devices.cmdline());
+    let entry = boot::load(
+        vm.ram(),
+        BootSource {
+            kernel: &mut spec.kernel,
+            initrd: spec.initrd.as_mut(),
+            cmdline: &cmdline,
+            protocol: spec.protocol,
+            vcpu_count: spec.vcpu_count,
+        },
+    )?;
+    start.load_kernel_us = watch.lap_us();
+
+    let fds = create_vcpus(host, &vm, &spec, entry)?;
+    let (pio, mmio) = devices.take_buses();
+    let controls: Arc<[_]> = fds.iter().map(|_| Arc::new(VcpuControl::default())).collect();
+    let unclaimed = Arc::new(AtomicU64::new(0));
+    let context = VcpuContext {
+        pio,
+        mmio,
+        ram: Arc::clone(vm.ram()),
+        vcpus: Arc::clone(&controls),
+        stop: Arc::clone(stop),
+        boot_timer: Arc::clone(&boot_timer),
+        unclaimed: Arc::clone(&unclaimed),
+    };
+    let vcpus = spawn_vcpus(fds, &context, filters)?;
+    start.vcpus_us = watch.lap_us();
+    Ok(MicroVm {
+        vcpus,
+        devices,
+        boot_timer,
+        unclaimed,
+        start,
+        _vm: vm,
+    })
+}
+
+/// The configured command line and what describes the devices. What follows `--` is for init, so the devices go before it.
+fn full_cmdline(configured: &str, devices: &[String]) -> String {
+    let (kernel, init) = match configured.split_once(" -- ") {
+        Some((kernel, init)) => (kernel, Some(init)),
+        None => (configured, None),
+    };
+    let mut words = vec![kernel.trim().to_owned()];
+    words.extend_from_slice(devices);
+    if let Some(init) = init {
+        words.push(format!("-- {init}"));
+    }
+    words.retain(|word| !word.is_empty());
+    words.join(" ")
+}
+
+fn attach_devices(
+    vm: &Vm,
+    spec: &mut VmSpec,
+    stop: &Arc<StopSignal>,
+    boot_timer: &Arc<BootTimer>,
+) -> Result<DeviceManager, BuildError> {
+    let mut devices = DeviceManager::new();
+    devices.attach_port(layout::I8042_PORT, 5, Arc::new(I8042::new(Arc::clone(stop))))?;
+    if let Some(output) = spec.serial.take() {
+        let serial = Serial::new(output)?;
+        vm.register_irqfd(serial.interrupt(), layout::SERIAL_GSI)?;
+        devices.attach_port(layout::SERIAL_PORT, layout::SERIAL_PORTS, Arc::new(serial))?;
+    }
+    if spec.boot_timer {
+        devices.attach_port(
+            layout::BOOT_TIMER_PORT,
+            1,
+            Arc::new(BootTimerDevice::new(Arc::clone(boot_timer))),
+        )?;
+        devices.announce(format!("hull_boottimer={:#x}", layout::BOOT_TIMER_PORT));
+    }
+    devices.announce(format!("hull_apstart={:#x}", layout::APSTART_PORT));
+    Ok(devices)
+}
+
+fn create_vcpus(
+    host: &KvmHost,
+    vm: &Vm,
+    spec: &VmSpec,
+    entry: boot::Entry,
+) -> Result<Vec<VcpuFd>, BuildError> {
+    let fds = (0..spec.vcpu_count)
+        .map(|index| vm.create_vcpu(index))
+        .collect::<Result<Vec<_>, _>>()?;
+    let Some(first) = fds.first() else { return Ok(fds) };
+    let backend = backend::detect(first);
+    let table = CpuidTable::new(host.kvm(), backend, spec.vcpu_count, first.get_tsc_khz().ok())?;
+    for (index, fd) in (0..spec.vcpu_count).zip(&fds) {
+        table.apply(fd, index)?;
+        msr::set_boot(fd)?;
+        regs::set_fpu(fd)?;
+        regs::set_lapic(fd)?;
+    }
+    regs::set_boot_state(first, vm.ram(), spec.protocol, entry)?;
+    Ok(fds)
+}
+
+fn spawn_vcpus(
+    fds: Vec<VcpuFd>,
+    context: &VcpuContext,
+    filters: &Filters,
+) -> Result<Vec<VcpuHandle>, BuildError> {
+    vcpu::prepare_process().map_err(BuildError::Process)?;
+    let mut handles = Vec::with_capacity(fds.len());
+    for (index, fd) in (0u8..).zip(fds) {
+        let filter = filters.of(Role::Vcpu);
+        let thread = Vcpu::new(index, fd, context.clone())
+            .spawn(move || filter.apply().map_err(|error| error.to_string()))
+            .map_err(|source| BuildError::Thread { index, source })?;
+        handles.push(VcpuHandle::new(
+            Arc::clone(&context.vcpus[usize::from(index)]),
+            thread,
+        ));
+    }
+    Ok(handles)
+}
+
+impl MicroVm {
+    /// Runs the vCPUs, for the first time or again.
+    pub fn resume(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.control.order(Order::Run);
+        }
+    }
+
+    /// Brings all vCPUs out of the guest.
+    ///
+    /// # Errors
+    /// [`HoldError`] if one does not come; all are then ordered to hold nevertheless.
+    pub fn pause(&self) -> Result<(), HoldError> {
+        for vcpu in &self.vcpus {
+            vcpu.control.order(Order::Hold);
+        }
+        match self
+            .vcpus
+            .iter()
+            .position(|vcpu| !vcpu.control.wait_held(HOLD_TIMEOUT))
+        {
+            None => Ok(()),
+            Some(index) => Err(HoldError { index }),
+        }
+    }
+
+    /// The event sources, once.
+    pub fn take_subscribers(&mut self) -> Vec<Subscriber> {
+        self.devices.take_subscribers()
+    }
+
+    /// How long each step took.
+    #[must_use]
+    pub fn start_metrics(&self) -> StartMetrics {
+        self.start
+    }
+
+    /// When the guest reached which phase.
+    #[must_use]
+    pub fn boot_timer(&self) -> &BootTimer {
+        &self.boot_timer
+    }
+
+    /// The vCPUs' counters.
+    #[must_use]
+    pub fn vcpu_metrics(&self) -> Vec<VcpuMetrics> {
+        self.vcpus
+            .iter()
+            .map(|vcpu| VcpuMetrics {
+                exits: vcpu.control.exits.snapshot(),
+            })
+            .collect()
+    }
+
+    /// The devices.
+    #[must_use]
+    pub fn devices(&self) -> &DeviceManager {
+        &self.devices
+    }
+
+    /// Accesses nobody claimed.
+    #[must_use]
+    pub fn unclaimed_accesses(&self) -> u64 {
+        self.unclaimed.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_words_come_before_the_arguments_of_init() {
+        let devices = ["virtio_mmio.device=4K@0xd0000000:5".to_owned()];
+        assert_eq!(
+            full_cmdline("quiet -- -x", &devices),
+            "quiet virtio_mmio.device=4K@0xd0000000:5 -- -x"
+        );
+        assert_eq!(full_cmdline("", &devices), devices[0]);
+        assert_eq!(full_cmdline(" a  b ", &[]), "a  b");
+    }
+}

@@ -1,0 +1,3 @@
+//! What confines the process.
+
+pub mod seccomp;

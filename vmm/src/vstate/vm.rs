@@ -1,0 +1,157 @@
+//! One KVM virtual machine: its memory slots and its in-kernel interrupt controllers and timer.
+
+use crate::{devices::virtio::GuestRam, vstate::kvm::KvmHost};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
+use std::{io, sync::Arc};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::{errno, eventfd::EventFd};
+
+/// Three pages Intel processors without "unrestricted guest" need; they lie in the hole, above the devices.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+/// One more such page.
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// Why a VM can't be made.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// A KVM call failed.
+    #[error("KVM refuses to {action}")]
+    Kvm {
+        /// What was tried.
+        action: &'static str,
+        /// What it said.
+        #[source]
+        source: io::Error,
+    },
+    /// KVM has too few memory slots.
+    #[error("KVM offers {available} memory slots, {needed} are needed")]
+    Slots {
+        /// As reported.
+        available: usize,
+        /// Regions of guest memory.
+        needed: usize,
+    },
+}
+
+/// Names what failed.
+pub(crate) fn kvm_error(action: &'static str) -> impl Fn(errno::Error) -> VmError {
+    move |source| VmError::Kvm {
+        action,
+        source: source.into(),
+    }
+}
+
+/// A VM with its memory.
+#[derive(Debug)]
+pub struct Vm {
+    fd: VmFd,
+    /// Kept for as long as KVM may access it.
+    ram: Arc<GuestRam>,
+}
+
+impl Vm {
+    /// Creates the VM, its chips, and registers `ram` with it.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub fn new(host: &KvmHost, ram: Arc<GuestRam>) -> Result<Self, VmError> {
+        let fd = create(host)?;
+        // Only processors that can't run real mode natively need these; a backend may refuse them.
+        if let Err(error) = fd.set_identity_map_address(IDENTITY_MAP_ADDRESS) {
+            tracing::debug!(%error, "no identity map page");
+        }
+        if let Err(error) = fd.set_tss_address(TSS_ADDRESS) {
+            tracing::debug!(%error, "no TSS pages");
+        }
+        fd.create_irq_chip()
+            .map_err(kvm_error("create the interrupt controllers"))?;
+        let pit = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        fd.create_pit2(pit).map_err(kvm_error("create the timer"))?;
+        let vm = Self { fd, ram };
+        vm.register_memory(host)?;
+        Ok(vm)
+    }
+
+    fn register_memory(&self, host: &KvmHost) -> Result<(), VmError> {
+        let available = host.kvm().get_nr_memslots();
+        let needed = self.ram.num_regions();
+        if needed > available {
+            return Err(VmError::Slots { available, needed });
+        }
+        for (slot, region) in (0u32..).zip(self.ram.iter()) {
+            let slot = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            memory_slot::register(&self.fd, slot)?;
+        }
+        Ok(())
+    }
+
+    /// Creates vCPU `index`.
+    ///
+    /// # Errors
+    /// [`VmError::Kvm`].
+    pub fn create_vcpu(&self, index: u8) -> Result<VcpuFd, VmError> {
+        self.fd
+            .create_vcpu(u64::from(index))
+            .map_err(kvm_error("create a vCPU"))
+    }
+
+    /// Makes writes to `event` raise `gsi`, edge-triggered, without an exit.
+    ///
+    /// # Errors
+    /// [`VmError::Kvm`].
+    pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), VmError> {
+        self.fd
+            .register_irqfd(event, gsi)
+            .map_err(kvm_error("register an irqfd"))
+    }
+
+    /// Makes the guest's 4-byte write of `value` to `address` signal `event` without an exit.
+    ///
+    /// # Errors
+    /// [`VmError::Kvm`].
+    pub fn register_ioevent(&self, event: &EventFd, address: u64, value: u32) -> Result<(), VmError> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(address), value)
+            .map_err(kvm_error("register an ioeventfd"))
+    }
+
+    /// The guest's memory.
+    #[must_use]
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+}
+
+/// `KVM_CREATE_VM` is interrupted by signals while KVM starts its worker threads; that is worth another try.
+fn create(host: &KvmHost) -> Result<VmFd, VmError> {
+    let mut attempts = 0;
+    loop {
+        match host.kvm().create_vm() {
+            Err(error) if error.errno() == libc::EINTR && attempts < 10 => attempts += 1,
+            result => return result.map_err(kvm_error("create a VM")),
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "KVM takes the memory by address")]
+mod memory_slot {
+    use super::{VmError, kvm_error};
+    use kvm_bindings::kvm_userspace_memory_region;
+    use kvm_ioctls::VmFd;
+
+    pub(super) fn register(fd: &VmFd, slot: kvm_userspace_memory_region) -> Result<(), VmError> {
+        // SAFETY: address and size are those of a mapped region of the `GuestRam` that `Vm` keeps alive, so the mapping
+        // outlives the VM; guest memory is only ever accessed as volatile bytes on this side.
+        unsafe { fd.set_user_memory_region(slot) }.map_err(kvm_error("register guest memory"))
+    }
+}
