@@ -1,5 +1,7 @@
 //! A cache on a full disk: one clear error, nothing left behind. Needs the right to mount a tmpfs in a namespace of its own.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::process::Command;
 
 /// Runs a shell script in its own mount namespace; `None` where that is not allowed.
