@@ -114,6 +114,12 @@ impl GuestIovecs {
         Ok(())
     }
 
+    /// Drops all but the first `count` entries.
+    pub fn truncate(&mut self, count: usize) {
+        let dropped = self.iovecs.drain(count.min(self.iovecs.len())..);
+        self.len_bytes -= dropped.map(|iovec| iovec.iov_len).sum::<usize>();
+    }
+
     /// Drops the first `count` bytes, which a system call has dealt with.
     pub fn advance(&mut self, count: usize) {
         let mut left = count.min(self.len_bytes);

@@ -22,8 +22,10 @@ pub mod iovec;
 pub mod metrics;
 pub mod queue;
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "test data")]
 pub(crate) mod test_driver;
 pub mod transport;
+pub mod vsock;
 
 use std::fmt;
 use std::io;

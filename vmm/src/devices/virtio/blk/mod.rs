@@ -21,6 +21,7 @@ mod engine;
 mod metrics;
 mod request;
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "test data")]
 mod tests;
 mod uring;
 

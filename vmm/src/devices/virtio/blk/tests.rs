@@ -421,12 +421,7 @@ fn broken_rings_ask_for_a_reset_and_recover() {
             d.offer(0, 0);
         }),
         ("indirect table of odd length, empty, huge, outside", |d| {
-            for (addr, len) in [
-                (0x1000, 17),
-                (0x1000, 0),
-                (0x1000, u32::MAX & !15),
-                (MEM_SIZE, 16),
-            ] {
+            for (addr, len) in [(0x1000, 17), (0x1000, 0), (0x1000, !15), (MEM_SIZE, 16)] {
                 d.write_desc(0, 0, addr, len, INDIRECT, 0);
                 d.offer(0, 0);
                 d.kick(0);

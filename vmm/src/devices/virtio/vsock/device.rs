@@ -1,0 +1,271 @@
+//! The live socket device: rings on one side, the backend on the other.
+
+use std::sync::Arc;
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use tracing::{error, warn};
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::backend::Backend;
+use super::guest::Progress;
+use super::packet::Header;
+use super::queues::{Payload, RxQueue};
+use super::{VsockError, VsockMetrics, VsockSpec};
+use crate::devices::virtio::iovec::GuestIovecs;
+use crate::devices::virtio::queue::{Chain, QueueError, Virtqueue};
+use crate::devices::virtio::{
+    ActivateContext, ActivateError, Interrupt, RING_FEATURES, VirtioDevice, new_events, read_config_bytes,
+};
+
+/// VIRTIO_VSOCK_F_STREAM.
+const F_STREAM: u64 = 1 << 0;
+
+const RX: usize = 0;
+const TX: usize = 1;
+const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+/// The event that isn't a queue's.
+const BACKEND: u32 = u32::MAX;
+
+/// A socket device.
+#[derive(Debug)]
+pub struct Vsock {
+    config: [u8; 8],
+    queue_events: Vec<EventFd>,
+    metrics: Arc<VsockMetrics>,
+    backend: Backend,
+    active: Option<Active>,
+}
+
+/// What exists between activation and reset.
+struct Active {
+    rx: RxQueue,
+    tx: Virtqueue,
+    interrupt: Arc<dyn Interrupt>,
+    /// Waiting for the guest to provide buffers.
+    starved: bool,
+    chain: Chain,
+    iovecs: GuestIovecs,
+}
+
+impl std::fmt::Debug for Active {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Active")
+            .field("starved", &self.starved)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Vsock {
+    /// Takes over the host's sockets.
+    pub fn new(spec: VsockSpec) -> Result<Self, VsockError> {
+        let VsockSpec {
+            cid,
+            listener,
+            guest_ports,
+        } = spec;
+        let metrics = Arc::new(VsockMetrics::default());
+        let backend = Backend::new(cid, listener, guest_ports, Arc::clone(&metrics))
+            .map_err(|source| VsockError::Host { source })?;
+        Ok(Self {
+            config: cid.to_le_bytes(),
+            queue_events: new_events(QUEUE_SIZES.len()).map_err(|source| VsockError::Host { source })?,
+            metrics,
+            backend,
+            active: None,
+        })
+    }
+
+    /// The device's counters.
+    pub fn metrics(&self) -> Arc<VsockMetrics> {
+        Arc::clone(&self.metrics)
+    }
+
+    fn work(&mut self, work: impl FnOnce(&mut Self) -> Result<(), QueueError>) {
+        let result = work(self).and_then(|()| self.serve());
+        if let Err(error) = result {
+            warn!(%error, "the guest broke a queue of the socket device");
+            self.metrics.queue_failures.inc();
+            if let Some(active) = self.active.take() {
+                active.interrupt.signal_needs_reset();
+            }
+            self.backend.stop();
+        }
+    }
+
+    /// Takes the guest's packets.
+    fn receive(&mut self) -> Result<(), QueueError> {
+        let Some(active) = &mut self.active else {
+            return Ok(());
+        };
+        let mut budget = active.tx.size();
+        loop {
+            active.tx.disable_notification()?;
+            while budget > 0 && active.tx.pop(&mut active.chain)? {
+                budget -= 1;
+                let chain = &active.chain;
+                match Header::read(active.tx.mem(), chain.readable()) {
+                    Some(header) => {
+                        let payload = Payload::new(active.tx.mem(), chain, &mut active.iovecs, header.len);
+                        self.backend.receive(&header, payload);
+                    }
+                    None => self.metrics.dropped_packets.inc(),
+                }
+                active.tx.complete(chain.head(), 0)?;
+            }
+            if budget == 0 {
+                active.tx.signal()?;
+                return trigger(&self.queue_events[TX]);
+            }
+            if !active.tx.enable_notification()? {
+                return active.tx.signal();
+            }
+        }
+    }
+
+    /// Gives the guest what is due, as far as it has buffers.
+    fn serve(&mut self) -> Result<(), QueueError> {
+        let Some(active) = &mut self.active else {
+            return Ok(());
+        };
+        if active.starved || !self.backend.has_work() {
+            return Ok(());
+        }
+        loop {
+            let progress = self.backend.serve(&mut active.rx)?;
+            active.rx.signal()?;
+            match progress {
+                Progress::Done => return Ok(()),
+                Progress::TurnOver => return trigger(&self.queue_events[RX]),
+                Progress::Starved => {
+                    self.metrics.rx_starved_events.inc();
+                    if !active.rx.wait_for_buffers()? {
+                        active.starved = true;
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    /// The guest has provided buffers, or the device has given itself another turn.
+    fn resume(&mut self) -> Result<(), QueueError> {
+        if let Some(active) = &mut self.active
+            && std::mem::take(&mut active.starved)
+        {
+            active.rx.ignore_buffers()?;
+        }
+        Ok(())
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_VSOCK
+    }
+
+    fn name(&self) -> &str {
+        "vsock"
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn queue_events(&self) -> &[EventFd] {
+        &self.queue_events
+    }
+
+    fn features(&self) -> u64 {
+        RING_FEATURES | F_STREAM
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_bytes(&self.config, offset, data);
+    }
+
+    /// Nothing in the configuration can be written.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, context: ActivateContext) -> Result<(), ActivateError> {
+        let ActivateContext {
+            mem,
+            queues,
+            interrupt,
+            ..
+        } = context;
+        // The third queue carries events of migration only: there is nothing to put into it yet.
+        let mut data_queues = (0..).zip(queues).map(|(index, queue)| {
+            virtio_queue::QueueT::ready(&queue)
+                .then(|| Virtqueue::new(queue, index, Arc::clone(&mem), Arc::clone(&interrupt)))
+        });
+        let rx = data_queues
+            .next()
+            .flatten()
+            .ok_or(ActivateError::MissingQueue { index: RX })?;
+        let tx = data_queues
+            .next()
+            .flatten()
+            .ok_or(ActivateError::MissingQueue { index: TX })?;
+        drop(data_queues);
+        self.active = Some(Active {
+            rx: RxQueue::new(rx),
+            tx,
+            interrupt,
+            starved: false,
+            chain: Chain::default(),
+            iovecs: GuestIovecs::new(mem),
+        });
+        self.backend.start();
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        self.backend.stop();
+    }
+}
+
+impl MutEventSubscriber for Vsock {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let queue_events = (0..)
+            .zip(&self.queue_events)
+            .map(|(data, event)| Events::with_data(event, data, EventSet::IN));
+        let backend = Events::with_data_raw(self.backend.event(), BACKEND, EventSet::IN);
+        for events in queue_events.chain([backend]) {
+            if let Err(error) = ops.add(events) {
+                error!(?error, "can't watch an event of the socket device");
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
+        if events.data() == BACKEND {
+            self.work(|device| {
+                device.backend.process_events();
+                Ok(())
+            });
+            return;
+        }
+        let index = events.data() as usize;
+        if let Some(event) = self.queue_events.get(index) {
+            // Fails only if there is nothing to clear.
+            let _ = event.read();
+            self.metrics.notifications.inc();
+        }
+        match index {
+            RX => self.work(Self::resume),
+            TX => self.work(Self::receive),
+            _ => {}
+        }
+    }
+}
+
+/// Gives the device another turn on the event loop.
+fn trigger(event: &EventFd) -> Result<(), QueueError> {
+    if let Err(error) = event.write(1) {
+        error!(%error, "can't schedule the rest of a queue");
+    }
+    Ok(())
+}
