@@ -15,9 +15,12 @@ use crate::{
         regs::{self, RegsError},
     },
     boot_timer::BootTimer,
-    config::VmSpec,
+    config::{BlkResource, VmSpec},
     device_manager::{DeviceManager, DeviceManagerError, Subscriber},
-    devices::legacy::{BootTimerDevice, I8042, Serial, SerialError},
+    devices::{
+        legacy::{BootTimerDevice, I8042, Serial, SerialError},
+        virtio::blk::{Blk, BlkError, BlkSpec, EngineChoice},
+    },
     jail::seccomp::{Filters, Role},
     stop::StopSignal,
     vstate::{
@@ -34,12 +37,12 @@ use kvm_ioctls::VcpuFd;
 use std::{
     io,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
-use vmm_api::{StartMetrics, VcpuMetrics};
+use vmm_api::{IoEngine, StartMetrics, VcpuMetrics};
 
 /// How long a vCPU may take to leave the guest. It needs microseconds; a host under heavy load may need much more.
 const HOLD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -59,6 +62,9 @@ pub enum BuildError {
     /// The UART.
     #[error(transparent)]
     Serial(#[from] SerialError),
+    /// A disk.
+    #[error(transparent)]
+    Blk(#[from] BlkError),
     /// Kernel and boot data.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -210,8 +216,29 @@ fn attach_devices(
         )?;
         devices.announce(format!("hull_boottimer={:#x}", layout::BOOT_TIMER_PORT));
     }
+    attach_disks(&mut devices, vm, std::mem::take(&mut spec.blk))?;
     devices.announce(format!("hull_apstart={:#x}", layout::APSTART_PORT));
     Ok(devices)
+}
+
+fn attach_disks(devices: &mut DeviceManager, vm: &Vm, disks: Vec<BlkResource>) -> Result<(), BuildError> {
+    for disk in disks {
+        let engine = match disk.io_engine {
+            IoEngine::Auto => EngineChoice::Auto,
+            IoEngine::IoUring => EngineChoice::IoUring,
+            IoEngine::Sync => EngineChoice::Sync,
+        };
+        let mut spec = BlkSpec::new(disk.id.clone(), disk.image, disk.read_only)
+            .with_queues(disk.queues)?
+            .with_engine(engine);
+        if let Some(serial) = &disk.serial {
+            spec = spec.with_serial(serial)?;
+        }
+        let blk = Blk::new(spec)?;
+        let metrics = blk.metrics();
+        devices.attach_virtio(vm, &disk.id, Arc::new(Mutex::new(blk)), metrics)?;
+    }
+    Ok(())
 }
 
 fn create_vcpus(

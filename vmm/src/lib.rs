@@ -16,10 +16,12 @@
 pub mod arch;
 pub mod boot_timer;
 pub mod builder;
+pub mod cli;
 pub mod config;
 pub mod control;
 pub mod device_manager;
 pub mod devices;
 pub mod jail;
+pub mod report;
 pub mod stop;
 pub mod vstate;

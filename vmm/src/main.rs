@@ -1,35 +1,198 @@
 //! `hull-vmm`: one process, one microVM.
+//!
+//! Order: everything that needs the file system or privileges is opened first, then the process jails itself for good, and
+//! only then reads what a client or a guest has to say.
+
+use std::{
+    fmt::Display,
+    io,
+    os::{
+        fd::RawFd,
+        unix::net::{UnixListener, UnixStream},
+    },
+    process::ExitCode,
+    time::Instant,
+};
+use tracing_subscriber::EnvFilter;
 use vmm::{
-    config::*,
-    control::driver::{Driver, chain},
-    jail::seccomp::Filters,
+    cli::{self, Command, Identity, Mode},
+    config::{Resources, VmSpec},
+    control::{
+        driver::{Driver, chain},
+        queue, server,
+    },
+    jail::{
+        self, fds,
+        seccomp::{Filters, Role},
+        signals,
+    },
+    report::standalone_report,
     vstate::kvm::KvmHost,
 };
-fn main() {
-    let start = std::time::Instant::now();
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("HULL_LOG")
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn")),
-        )
-        .init();
-    let path = std::env::args().nth(2).unwrap();
-    let config: vmm_api::VmConfig = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-    let spec = match VmSpec::open(config, &mut Resources::from_paths()) {
-        Ok(s) => s,
-        Err(e) => {
-            eprintln!("{}", chain(&e));
-            std::process::exit(2)
-        }
-    };
-    let host = KvmHost::open().unwrap();
-    let mut d = Driver::new(host, Filters::none(), None, start).unwrap();
-    if let Err(e) = d.configure(spec) {
-        eprintln!("{}", chain(&e));
-        std::process::exit(1)
+use vmm_api::{StopReason, VmConfig};
+
+const EXIT_VMM_ERROR: u8 = 1;
+const EXIT_USAGE: u8 = 2;
+
+/// Why the process ends: its status and what to tell.
+struct Failure {
+    status: u8,
+    message: String,
+}
+
+fn failed(error: &dyn std::error::Error) -> Failure {
+    Failure {
+        status: EXIT_VMM_ERROR,
+        message: chain(error),
     }
-    d.start().unwrap();
-    let r = d.run().unwrap();
-    eprintln!("{r:?}\n{}", serde_json::to_string(&d.metrics()).unwrap());
+}
+
+fn bad_input(context: impl Display, error: &dyn std::error::Error) -> Failure {
+    Failure {
+        status: EXIT_USAGE,
+        message: format!("{context}{}", chain(error)),
+    }
+}
+
+fn main() -> ExitCode {
+    let process_start = Instant::now();
+    let result = match cli::parse(std::env::args_os().skip(1)) {
+        Ok(Command::Help) => {
+            print!("{}", cli::HELP);
+            return ExitCode::SUCCESS;
+        }
+        Ok(Command::Version) => {
+            println!("hull-vmm {}", env!("CARGO_PKG_VERSION"));
+            return ExitCode::SUCCESS;
+        }
+        Ok(Command::Run { mode, identity, jail }) => run(mode, identity, jail, process_start),
+        Err(error) => Err(Failure {
+            status: EXIT_USAGE,
+            message: error.to_string(),
+        }),
+    };
+    match result {
+        Ok(StopReason::GuestShutdown | StopReason::Requested) => ExitCode::SUCCESS,
+        Ok(StopReason::VcpuFailed { message } | StopReason::VmmFailed { message }) => {
+            eprintln!("hull-vmm: the microVM failed: {message}");
+            ExitCode::from(EXIT_VMM_ERROR)
+        }
+        Err(Failure { status, message }) => {
+            eprintln!("hull-vmm: {message}");
+            ExitCode::from(status)
+        }
+    }
+}
+
+/// What was opened before the jail.
+enum Source {
+    Control(server::Endpoint),
+    Standalone(Box<VmSpec>),
+}
+
+fn run(mode: Mode, identity: Identity, jailed: bool, process_start: Instant) -> Result<StopReason, Failure> {
+    let keep = match mode {
+        Mode::ControlFd(fd) => Some(fd),
+        _ => None,
+    };
+    fds::close_all_but(keep).map_err(|error| failed(&error))?;
+    signals::ignore_write_signals().map_err(|error| failed(&error))?;
+    init_logging();
+    let source = open(mode)?;
+    let host = KvmHost::open().map_err(|error| failed(&error))?;
+    let filters = if jailed {
+        jail::enter(&jail::JailSpec::new(identity.uid, identity.gid)).map_err(|error| failed(&error))?;
+        Filters::compile().map_err(|error| failed(&error))?
+    } else {
+        tracing::warn!(
+            "--no-jail: this process is not confined; never run a guest you don't trust like this"
+        );
+        Filters::none()
+    };
+    match source {
+        Source::Control(endpoint) => serve(endpoint, host, filters, process_start),
+        Source::Standalone(spec) => run_standalone(*spec, host, filters, process_start),
+    }
+}
+
+fn init_logging() {
+    let filter = EnvFilter::try_from_env("HULL_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_env_filter(filter)
+        .with_ansi(false)
+        .init();
+}
+
+fn open(mode: Mode) -> Result<Source, Failure> {
+    match mode {
+        Mode::ControlFd(fd) => control_fd(fd),
+        Mode::ControlSocket(path) => {
+            let listener = UnixListener::bind(&path)
+                .map_err(|error| bad_input(format_args!("--control-socket {}: ", path.display()), &error))?;
+            Ok(Source::Control(server::Endpoint::Listener(listener)))
+        }
+        Mode::Config(path) => {
+            let context = || format!("--config {}: ", path.display());
+            let text = std::fs::read(&path).map_err(|error| bad_input(context(), &error))?;
+            let config: VmConfig =
+                serde_json::from_slice(&text).map_err(|error| bad_input(context(), &error))?;
+            let spec = VmSpec::open(config, &mut Resources::from_paths())
+                .map_err(|error| bad_input(context(), &error))?;
+            Ok(Source::Standalone(Box::new(spec)))
+        }
+    }
+}
+
+fn control_fd(fd: RawFd) -> Result<Source, Failure> {
+    let context = format!("--control-fd {fd}: ");
+    let socket = fds::inherited_socket(fd).map_err(|error| bad_input(&context, &error))?;
+    let endpoint = match socket {
+        fds::InheritedSocket::Listening(fd) => server::Endpoint::Listener(UnixListener::from(fd)),
+        fds::InheritedSocket::Connected(fd) => server::Endpoint::Connected(UnixStream::from(fd)),
+    };
+    Ok(Source::Control(endpoint))
+}
+
+/// Runs under the control socket.
+fn serve(
+    endpoint: server::Endpoint,
+    host: KvmHost,
+    filters: Filters,
+    process_start: Instant,
+) -> Result<StopReason, Failure> {
+    let (server_end, driver_end) = queue::queue().map_err(|error| failed(&error))?;
+    let filter = filters.of(Role::Control);
+    let control = server::spawn(endpoint, server_end, move || {
+        filter.apply().map_err(|error| chain(&error))
+    })
+    .map_err(|error| failed(&error))?;
+    let mut driver = Driver::new(host, filters.clone(), Some(driver_end), process_start)
+        .map_err(|error| failed(&error))?;
+    filters.of(Role::Setup).apply().map_err(|error| failed(&error))?;
+    let reason = driver.run().map_err(|error| failed(&error))?;
+    drop(driver);
+    // It ends once it has told its clients, which can't block.
+    let _ = control.join();
+    Ok(reason)
+}
+
+/// Runs what `--config` describes.
+fn run_standalone(
+    spec: VmSpec,
+    host: KvmHost,
+    filters: Filters,
+    process_start: Instant,
+) -> Result<StopReason, Failure> {
+    let boot_timer = spec.boot_timer();
+    let mut driver =
+        Driver::new(host, filters.clone(), None, process_start).map_err(|error| failed(&error))?;
+    filters.of(Role::Setup).apply().map_err(|error| failed(&error))?;
+    driver.configure(spec).map_err(|error| failed(&error))?;
+    driver.start().map_err(|error| failed(&error))?;
+    let reason = driver.run().map_err(|error| failed(&error))?;
+    if boot_timer {
+        eprintln!("{}", standalone_report(&driver.metrics()));
+    }
+    Ok(reason)
 }

@@ -168,6 +168,16 @@ impl VmSpec {
         })
     }
 
+    /// Size of the largest writable disk.
+    pub(crate) fn largest_disk_bytes(&self) -> u64 {
+        let writable = self.blk.iter().filter(|blk| !blk.read_only);
+        writable
+            .filter_map(|blk| blk.image.metadata().ok())
+            .map(|metadata| metadata.len())
+            .max()
+            .unwrap_or(0)
+    }
+
     /// Whether the guest's boot is timed.
     #[must_use]
     pub fn boot_timer(&self) -> bool {

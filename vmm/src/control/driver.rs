@@ -6,7 +6,10 @@ use crate::{
     builder::{self, BuildError, MicroVm},
     config::{ConfigError, Resources, VmSpec},
     device_manager::Subscriber,
-    jail::seccomp::{Filters, Role, SeccompError},
+    jail::{
+        limits,
+        seccomp::{Filters, Role, SeccompError},
+    },
     stop::StopSignal,
     vstate::kvm::KvmHost,
 };
@@ -77,6 +80,10 @@ pub struct Driver {
     manager: EventManager<Subscriber>,
     process_start: Instant,
     jail_us: u64,
+    /// Bound on file sizes, set when the guest starts.
+    largest_disk_bytes: u64,
+    /// The guest has started and the event loop has given up what it needed before.
+    narrowed: bool,
 }
 
 impl std::fmt::Debug for Driver {
@@ -121,6 +128,8 @@ impl Driver {
             manager,
             process_start,
             jail_us,
+            largest_disk_bytes: 0,
+            narrowed: false,
         })
     }
 
@@ -129,6 +138,7 @@ impl Driver {
     /// # Errors
     /// With the field or thing that is wrong; nothing is left of the attempt.
     pub fn configure(&mut self, spec: VmSpec) -> Result<(), BuildError> {
+        self.largest_disk_bytes = spec.largest_disk_bytes();
         let mut microvm = Box::new(builder::build(&self.host, spec, &self.stop, &self.filters)?);
         for subscriber in microvm.take_subscribers() {
             self.manager.add_subscriber(subscriber);
@@ -143,7 +153,8 @@ impl Driver {
     /// [`DriverError`].
     pub fn run(&mut self) -> Result<StopReason, DriverError> {
         loop {
-            self.serve_queue()?;
+            self.serve_queue();
+            self.narrow()?;
             if let Some(reason) = self.stop.reason().cloned() {
                 self.finish(&reason);
                 return Ok(reason);
@@ -157,33 +168,37 @@ impl Driver {
     }
 
     /// Serves what waits in the queue.
-    fn serve_queue(&mut self) -> Result<(), DriverError> {
+    fn serve_queue(&mut self) {
         while !self.stop.is_reported() {
             let Some(order) = self.queue.as_ref().and_then(|queue| queue.next().ok().flatten()) else {
                 break;
             };
             match order {
                 Order::Request { body, fds, reply } => {
-                    let starts = matches!(body, RequestBody::Start);
                     let shutdown = matches!(body, RequestBody::Shutdown);
                     let result = self.serve(body, fds);
-                    let started = starts && result.is_ok();
                     // The client may have gone; that is its business.
                     let _ = reply.try_send(result);
-                    if started {
-                        self.filters.of(Role::EventLoop).apply()?;
-                    }
                     if shutdown {
                         self.stop.report(StopReason::Requested);
                     }
                 }
-                Order::Abandoned if matches!(self.state, State::Unconfigured | State::Configured(_)) => {
-                    tracing::info!("the last client left before the microVM was started");
+                Order::Abandoned => {
+                    tracing::info!("the owner has closed the control connection");
                     self.stop.report(StopReason::Requested);
                 }
-                Order::Abandoned => {}
             }
         }
+    }
+
+    /// Gives up, once the guest runs, what only building it needed.
+    fn narrow(&mut self) -> Result<(), DriverError> {
+        if self.narrowed || !matches!(self.state, State::Running(_)) || !self.filters.is_confined() {
+            return Ok(());
+        }
+        limits::bound_file_size(self.largest_disk_bytes)?;
+        self.filters.of(Role::EventLoop).apply()?;
+        self.narrowed = true;
         Ok(())
     }
 
@@ -375,7 +390,7 @@ fn describe_config(error: &ConfigError) -> ApiError {
 fn describe_build(error: &BuildError) -> ApiError {
     let code = match error {
         BuildError::Boot(BootError::Cmdline { .. } | BootError::TooSmall { .. }) => ErrorCode::InvalidConfig,
-        BuildError::Boot(_) => ErrorCode::Resource,
+        BuildError::Boot(_) | BuildError::Blk(_) => ErrorCode::Resource,
         _ => ErrorCode::Host,
     };
     ApiError {

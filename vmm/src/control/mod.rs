@@ -14,7 +14,8 @@
 //! Invariants:
 //! - Every readable request is answered, in order; one not allowed in the present state is refused and changes nothing.
 //! - A failed Configure leaves the state unconfigured and nothing of the attempt behind.
-//! - A client that goes away changes nothing, unless nobody could ever start the microVM any more: then the process ends.
+//! - With a listening socket, a client that goes away changes nothing: the microVM outlives whoever started it. A connected
+//!   socket is its owner's instead: when it closes, the microVM is stopped, so that a killed owner leaves nothing behind.
 
 pub mod driver;
 pub mod queue;

@@ -1,8 +1,9 @@
 //! The bounded queue between the control thread and the driver.
 
+use rustix::event::{EventfdFlags, eventfd};
 use std::{
     io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -60,7 +61,7 @@ pub struct ServerEnd {
     orders: SyncSender<Order>,
     orders_event: EventFd,
     stopped: Receiver<StopReason>,
-    stopped_event: EventFd,
+    stopped_event: OwnedFd,
     /// Counters, shared with the driver.
     pub counters: Arc<ControlCounters>,
 }
@@ -71,7 +72,7 @@ pub struct DriverEnd {
     orders: Receiver<Order>,
     orders_event: EventFd,
     stopped: SyncSender<StopReason>,
-    stopped_event: EventFd,
+    stopped_event: OwnedFd,
     counters: Arc<ControlCounters>,
 }
 
@@ -80,8 +81,8 @@ pub struct DriverEnd {
 /// # Errors
 /// If there is no descriptor left.
 pub fn queue() -> io::Result<(ServerEnd, DriverEnd)> {
-    let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
-    let (orders_event, stopped_event) = (event()?, event()?);
+    let orders_event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+    let stopped_event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
     let (orders_sender, orders_receiver) = sync_channel(DEPTH);
     let (stopped_sender, stopped_receiver) = sync_channel(1);
     let counters = Arc::new(ControlCounters::default());
@@ -132,13 +133,12 @@ impl ServerEnd {
     }
 
     /// Readable once the microVM has stopped.
-    pub(super) fn stopped_event(&self) -> &EventFd {
-        &self.stopped_event
+    pub(super) fn stopped_event(&self) -> BorrowedFd<'_> {
+        self.stopped_event.as_fd()
     }
 
     /// Why it stopped; `None` if it hasn't.
     pub(super) fn stopped(&self) -> Option<StopReason> {
-        let _ = self.stopped_event.read();
         self.stopped.try_recv().ok()
     }
 }
@@ -161,7 +161,7 @@ impl DriverEnd {
     /// Has the control thread tell all clients, and then end.
     pub(super) fn announce_stop(&self, reason: StopReason) {
         let _ = self.stopped.try_send(reason);
-        let _ = self.stopped_event.write(1);
+        let _ = rustix::io::write(&self.stopped_event, &1u64.to_ne_bytes());
     }
 
     /// The control thread's counters.
