@@ -1,0 +1,44 @@
+//! What an import tells whoever watches it.
+
+/// Watches an import. Called on the importing thread, some thousand times for each gigabyte.
+pub trait Progress {
+    fn event(&self, event: ProgressEvent<'_>);
+}
+
+/// What happens during an import, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProgressEvent<'a> {
+    /// The image was found and its description is right. `bytes`: of all layers as stored.
+    ImageStarted { layers: usize, bytes: u64 },
+    /// The layer `index`, counted from the bottom, is being converted.
+    LayerStarted {
+        index: usize,
+        digest: &'a str,
+        bytes: u64,
+    },
+    /// So much of it was read.
+    LayerAdvanced { index: usize, bytes_done: u64 },
+    /// The layer is in the store.
+    LayerFinished {
+        index: usize,
+        digest: &'a str,
+        outcome: LayerOutcome,
+    },
+    /// The image is in the store.
+    ImageFinished,
+}
+
+/// How a layer came to be in the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayerOutcome {
+    Converted { size_bytes: u64 },
+    AlreadyPresent { size_bytes: u64 },
+}
+
+/// Nobody watches.
+#[derive(Debug, Clone, Copy)]
+pub struct NoProgress;
+
+impl Progress for NoProgress {
+    fn event(&self, _event: ProgressEvent<'_>) {}
+}
