@@ -1,0 +1,235 @@
+//! What can go wrong with a sandbox, told once and in the user's terms.
+
+use std::{io, path::PathBuf, time::Duration};
+
+use agent_protocol::{ErrorDetail, ErrorKind, InvalidMessage};
+use vmm_api::{ClientError, StopReason};
+
+/// Result of this library.
+pub type Result<T> = std::result::Result<T, SandboxError>;
+
+/// Why a sandbox could not be made, found or used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SandboxError {
+    /// A file or directory of ours.
+    #[error("{action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A system call without a path.
+    #[error("{action}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A part of the installation is missing.
+    #[error("{what} not found; looked at: {looked_at}; {remedy}")]
+    ComponentMissing {
+        /// Which part.
+        what: &'static str,
+        /// Where it was looked for.
+        looked_at: String,
+        /// The way out.
+        remedy: &'static str,
+    },
+    /// /dev/kvm is missing or closed.
+    #[error("/dev/kvm can't be used: {reason}; {remedy}")]
+    Kvm {
+        /// Why.
+        reason: String,
+        /// The way out.
+        remedy: &'static str,
+    },
+    /// An option of the user is impossible.
+    #[error("{option}: {problem}")]
+    InvalidOption {
+        /// The option, as on the command line.
+        option: &'static str,
+        /// What is wrong, and what would be right.
+        problem: String,
+    },
+    /// The name is taken.
+    #[error(
+        "the container name {name:?} is already in use by container {id}; remove it first or choose another name"
+    )]
+    NameInUse {
+        /// The name.
+        name: String,
+        /// Who has it.
+        id: String,
+    },
+    /// No such sandbox.
+    #[error("no such container: {name}")]
+    NotFound {
+        /// What was asked for.
+        name: String,
+    },
+    /// Several sandboxes match.
+    #[error("{name:?} is the beginning of more than one container id")]
+    Ambiguous {
+        /// What was asked for.
+        name: String,
+    },
+    /// Only possible for a running container.
+    #[error("container {name} is not running")]
+    NotRunning {
+        /// Which.
+        name: String,
+    },
+    /// The VMM could not be started or asked.
+    #[error("the VMM failed{}", detail(.diagnosis))]
+    Vmm {
+        /// What it said on its standard error.
+        diagnosis: String,
+        /// What the control socket said.
+        source: ClientError,
+    },
+    /// The microVM stopped while it was needed.
+    #[error("the microVM stopped{}{}", stop_reason(.reason.as_ref()), detail(.diagnosis))]
+    VmStopped {
+        /// Why, if the VMM could say it.
+        reason: Option<StopReason>,
+        /// What the VMM said on its standard error, and the guest on its console.
+        diagnosis: String,
+    },
+    /// The guest didn't come up.
+    #[error(
+        "the microVM's agent was not ready within {} s{}; HULL_CONSOLE=FILE records the guest kernel's messages",
+        timeout.as_secs(), detail(.diagnosis)
+    )]
+    AgentTimeout {
+        /// The time-out that passed.
+        timeout: Duration,
+        /// What the VMM said.
+        diagnosis: String,
+    },
+    /// The agent speaks another version.
+    #[error(
+        "the microVM's agent speaks another protocol version: {found}; install agent and hull of one release"
+    )]
+    AgentVersion {
+        /// What it said.
+        found: String,
+    },
+    /// The connection to the agent broke.
+    #[error("lost the connection to the microVM's agent")]
+    AgentConnection {
+        /// What happened.
+        source: io::Error,
+    },
+    /// The agent answered with something this protocol doesn't have.
+    #[error("the microVM's agent broke the protocol: {problem}")]
+    AgentProtocol {
+        /// What is wrong.
+        problem: String,
+    },
+    /// The agent refused.
+    #[error("{message}")]
+    Agent {
+        /// For people.
+        message: String,
+        /// For programs.
+        detail: Box<ErrorDetail>,
+    },
+    /// A request breaks a bound of the protocol.
+    #[error("the container's configuration is not acceptable: {0}")]
+    Unacceptable(#[from] InvalidMessage),
+    /// A signal ended it before the container ran.
+    #[error("interrupted by signal {signal}")]
+    Interrupted {
+        /// The signal's number.
+        signal: i32,
+    },
+    /// The image can't be used.
+    #[error(transparent)]
+    Image(#[from] rootfs_builder::Error),
+    /// A state file can't be understood.
+    #[error("state file {} is damaged", path.display())]
+    DamagedState {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: serde_json::Error,
+    },
+}
+
+fn detail(diagnosis: &str) -> String {
+    if diagnosis.is_empty() {
+        String::new()
+    } else {
+        format!(": {diagnosis}")
+    }
+}
+
+fn stop_reason(reason: Option<&StopReason>) -> String {
+    match reason {
+        None => ": its VMM was killed".to_owned(),
+        Some(StopReason::GuestShutdown) => " itself (a kernel panic or a reboot)".to_owned(),
+        Some(StopReason::Requested) => " on request".to_owned(),
+        Some(StopReason::VcpuFailed { message } | StopReason::VmmFailed { message }) => {
+            format!(": {message}")
+        }
+    }
+}
+
+impl SandboxError {
+    /// For `map_err`: an operation on a path.
+    pub(crate) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { action, path, source }
+    }
+
+    /// For `map_err`: a system call.
+    pub(crate) fn system<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> Self {
+        move |source| Self::System {
+            action,
+            source: source.into(),
+        }
+    }
+
+    /// The exit code docker gives for it: 127 command not found, 126 not executable, 128 + signal, else 125.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Agent { detail, .. } => match detail.kind.enum_value_or_default() {
+                ErrorKind::COMMAND_NOT_FOUND => 127,
+                ErrorKind::COMMAND_NOT_EXECUTABLE | ErrorKind::BAD_WORKING_DIRECTORY => 126,
+                _ => 125,
+            },
+            Self::Interrupted { signal } => u8::try_from(128 + signal).unwrap_or(125),
+            _ => 125,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn agent_error(kind: ErrorKind) -> SandboxError {
+        let detail = ErrorDetail {
+            kind: kind.into(),
+            ..ErrorDetail::default()
+        };
+        SandboxError::Agent {
+            message: "x".into(),
+            detail: Box::new(detail),
+        }
+    }
+
+    #[test]
+    fn exit_codes_are_those_people_know() {
+        assert_eq!(agent_error(ErrorKind::COMMAND_NOT_FOUND).exit_code(), 127);
+        assert_eq!(agent_error(ErrorKind::COMMAND_NOT_EXECUTABLE).exit_code(), 126);
+        assert_eq!(agent_error(ErrorKind::ROOTFS).exit_code(), 125);
+        assert_eq!(SandboxError::Interrupted { signal: 2 }.exit_code(), 130);
+    }
+}

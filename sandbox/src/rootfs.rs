@@ -1,0 +1,111 @@
+//! A container's root filesystem, as the host sees it: which files become which disks of the microVM.
+
+use std::{fs::File, path::PathBuf};
+
+use agent_protocol::rootfs::Upper;
+use rootfs_builder::PreparedImage;
+
+use crate::{Result, SandboxError, vmm_client::Disk};
+
+/// Serial number of the microVM's own root, the agent's image.
+const AGENT_SERIAL: &str = "hull-agent";
+/// Layers of one image: one disk each, beside the microVM's other devices.
+pub const MAX_LAYERS: usize = 15;
+
+/// Read-only layers and what the writable one on top begins with.
+#[derive(Debug, Clone)]
+pub struct RootfsSpec {
+    /// EROFS blobs, lowest first.
+    pub layers: Vec<PathBuf>,
+    /// Mode of the root directory.
+    pub root_mode: u32,
+    /// Owner of the root directory.
+    pub root_uid: u32,
+    /// Group of the root directory.
+    pub root_gid: u32,
+}
+
+impl From<&PreparedImage> for RootfsSpec {
+    fn from(image: &PreparedImage) -> Self {
+        Self {
+            layers: image.layers.iter().map(|layer| layer.path.clone()).collect(),
+            root_mode: u32::from(image.root.mode) & 0o7777,
+            root_uid: image.root.uid,
+            root_gid: image.root.gid,
+        }
+    }
+}
+
+impl RootfsSpec {
+    /// Opens the agent's image and the layers, read-only: the guest can't write what the host didn't open for it.
+    pub(crate) fn open_disks(&self, agent_image: &PathBuf) -> Result<Vec<Disk>> {
+        if self.layers.len() > MAX_LAYERS {
+            return Err(SandboxError::InvalidOption {
+                option: "IMAGE",
+                problem: format!(
+                    "has {} layers; at most {MAX_LAYERS} can be given to a microVM",
+                    self.layers.len()
+                ),
+            });
+        }
+        let serials = std::iter::once(AGENT_SERIAL.to_owned()).chain(self.layer_serials());
+        serials
+            .zip(std::iter::once(agent_image).chain(&self.layers))
+            .map(|(serial, path)| {
+                let image = File::open(path).map_err(SandboxError::io("opening", path))?;
+                Ok(Disk {
+                    serial,
+                    image,
+                    read_only: true,
+                })
+            })
+            .collect()
+    }
+
+    fn layer_serials(&self) -> impl Iterator<Item = String> {
+        (0..self.layers.len()).map(|index| format!("layer{index}"))
+    }
+
+    /// What the agent is told, with a writable layer in memory.
+    pub(crate) fn for_agent(&self, read_only: bool, writable_bytes: u64) -> agent_protocol::Rootfs {
+        agent_protocol::Rootfs {
+            layer_serials: self.layer_serials().collect(),
+            upper: Some(Upper::TmpfsBytes(writable_bytes)),
+            read_only,
+            root_mode: self.root_mode,
+            root_uid: self.root_uid,
+            root_gid: self.root_gid,
+            ..agent_protocol::Rootfs::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(layers: usize, path: &str) -> RootfsSpec {
+        RootfsSpec {
+            layers: vec![path.into(); layers],
+            root_mode: 0o755,
+            root_uid: 0,
+            root_gid: 0,
+        }
+    }
+
+    #[test]
+    fn too_many_layers_are_refused_before_a_microvm_is_made() {
+        let error = spec(MAX_LAYERS + 1, "/dev/null")
+            .open_disks(&"/dev/null".into())
+            .unwrap_err();
+        assert!(error.to_string().contains("16 layers"), "{error}");
+    }
+
+    #[test]
+    fn disks_are_the_agent_and_the_layers_in_order() {
+        let disks = spec(2, "/dev/null").open_disks(&"/dev/null".into()).unwrap();
+        let serials: Vec<&str> = disks.iter().map(|disk| disk.serial.as_str()).collect();
+        assert_eq!(serials, ["hull-agent", "layer0", "layer1"]);
+        assert!(disks.iter().all(|disk| disk.read_only));
+    }
+}

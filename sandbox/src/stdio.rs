@@ -1,0 +1,280 @@
+//! Streams to a process: connections through the VMM to the agent's stdio port, and the threads that move bytes.
+//!
+//! A stream's end is the half-close of its connection; nothing in between keeps, reorders or drops bytes.
+
+use std::{
+    io::{self, ErrorKind, Read as _, Write as _},
+    net::Shutdown,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use agent_protocol::{
+    STDIO_PORT,
+    stdio::{Stream, StreamHeader},
+};
+use rustix::io::Errno;
+
+use crate::{Result, SandboxError, spec::ProcessSpec};
+
+/// How long the VMM and the agent may take to accept a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// One read or write.
+const BUFFER_BYTES: usize = 256 * 1024;
+/// Longest answer to `CONNECT`.
+const MAX_ANSWER_BYTES: usize = 32;
+
+/// Connects to ports of the guest, all at once.
+pub(crate) fn connect_ports<const N: usize>(
+    connect: impl Fn() -> io::Result<UnixStream>,
+    ports: [u32; N],
+) -> io::Result<[UnixStream; N]> {
+    let mut streams = Vec::with_capacity(N);
+    for port in ports {
+        let mut stream = connect()?;
+        stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
+        streams.push(stream);
+    }
+    for stream in &mut streams {
+        read_answer(stream)?;
+    }
+    streams.try_into().map_err(|_| ErrorKind::InvalidData.into())
+}
+
+/// Reads `OK <port>\n`, and not one byte more: what follows belongs to the stream.
+fn read_answer(stream: &mut UnixStream) -> io::Result<()> {
+    stream.set_read_timeout(Some(CONNECT_TIMEOUT))?;
+    let mut answer = Vec::with_capacity(MAX_ANSWER_BYTES);
+    while answer.last() != Some(&b'\n') {
+        let mut byte = [0];
+        if answer.len() >= MAX_ANSWER_BYTES || stream.read(&mut byte)? == 0 {
+            return Err(io::Error::new(
+                ErrorKind::ConnectionRefused,
+                "the guest refused the connection",
+            ));
+        }
+        answer.extend(byte);
+    }
+    stream.set_read_timeout(None)?;
+    if answer.starts_with(b"OK ") {
+        Ok(())
+    } else {
+        Err(ErrorKind::InvalidData.into())
+    }
+}
+
+/// A process's connected streams.
+#[derive(Debug)]
+pub(crate) struct ProcessStreams {
+    input: Option<UnixStream>,
+    outputs: Vec<(Stream, UnixStream)>,
+}
+
+impl ProcessStreams {
+    /// Opens the streams a process declares.
+    pub(crate) fn open(
+        connect: impl Fn() -> io::Result<UnixStream>,
+        container_id: &str,
+        exec_id: &str,
+        process: &ProcessSpec,
+    ) -> Result<Self> {
+        let attach = |stream: Stream| -> Result<UnixStream> {
+            let header = StreamHeader {
+                container_id: container_id.to_owned(),
+                exec_id: exec_id.to_owned(),
+                stream,
+            };
+            let bytes = header.encode()?;
+            let connection = |source| SandboxError::AgentConnection { source };
+            let [mut connected] = connect_ports(&connect, [STDIO_PORT]).map_err(connection)?;
+            connected.write_all(&bytes).map_err(connection)?;
+            Ok(connected)
+        };
+        if process.terminal {
+            let terminal = attach(Stream::Terminal)?;
+            let input = terminal
+                .try_clone()
+                .map_err(SandboxError::system("duplicating a descriptor"))?;
+            return Ok(Self {
+                input: Some(input),
+                outputs: vec![(Stream::Terminal, terminal)],
+            });
+        }
+        let outputs = [Stream::Stdout, Stream::Stderr]
+            .into_iter()
+            .map(|stream| Ok((stream, attach(stream)?)))
+            .collect::<Result<_>>()?;
+        let input = if process.stdin {
+            Some(attach(Stream::Stdin)?)
+        } else {
+            None
+        };
+        Ok(Self { input, outputs })
+    }
+
+    /// Starts to move bytes between the streams and this process's own.
+    pub(crate) fn start(self, forward_stdin: bool) -> Result<Pumps> {
+        let (sender, finished) = mpsc::channel();
+        let count = self.outputs.len();
+        for (kind, stream) in self.outputs {
+            let sender = sender.clone();
+            spawn("output", move || {
+                let target = match kind {
+                    Stream::Stderr => rustix::stdio::stderr(),
+                    _ => rustix::stdio::stdout(),
+                };
+                copy_output(&stream, target);
+                let _ = sender.send(());
+            })?;
+        }
+        if let Some(input) = self.input
+            && forward_stdin
+        {
+            spawn("input", move || copy_input(&input))?;
+        }
+        Ok(Pumps {
+            finished,
+            running: count,
+        })
+    }
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
+    thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(body)
+        .map(drop)
+        .map_err(SandboxError::system("starting a thread"))
+}
+
+/// The threads that move a process's output.
+#[derive(Debug)]
+pub(crate) struct Pumps {
+    finished: mpsc::Receiver<()>,
+    running: usize,
+}
+
+impl Pumps {
+    /// Waits until all output has arrived and been written, or the time has passed.
+    pub(crate) fn finish(&mut self, timeout: Option<Duration>) {
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        while self.running > 0 {
+            let finished = match deadline {
+                None => self.finished.recv().is_ok(),
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    self.finished.recv_timeout(left).is_ok()
+                }
+            };
+            if !finished {
+                return;
+            }
+            self.running -= 1;
+        }
+    }
+}
+
+fn write_all(target: BorrowedFd<'_>, mut bytes: &[u8]) -> std::result::Result<(), Errno> {
+    while !bytes.is_empty() {
+        match rustix::io::write(target, bytes) {
+            Ok(length) => bytes = &bytes[length..],
+            Err(Errno::INTR) => {}
+            // Somebody we share the descriptor with made it non-blocking.
+            Err(Errno::AGAIN) => wait_writable(target)?,
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
+}
+
+fn wait_writable(target: BorrowedFd<'_>) -> std::result::Result<(), Errno> {
+    use rustix::event::{PollFd, PollFlags, poll};
+    match poll(&mut [PollFd::from_borrowed_fd(target, PollFlags::OUT)], None) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(errno) => Err(errno),
+    }
+}
+
+fn copy_output(mut stream: &UnixStream, target: BorrowedFd<'_>) {
+    let mut buffer = vec![0; BUFFER_BYTES];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(length) => {
+                if write_all(target, &buffer[..length]).is_err() {
+                    // Our reader has gone; the process learns it by SIGPIPE.
+                    drop(stream.shutdown(Shutdown::Both));
+                    return;
+                }
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => return,
+        }
+    }
+}
+
+fn copy_input(stream: &UnixStream) {
+    let stdin = rustix::stdio::stdin();
+    let mut buffer = vec![0; BUFFER_BYTES];
+    loop {
+        match rustix::io::read(stdin, &mut buffer) {
+            Ok(0) => break,
+            Ok(length) => {
+                if write_all(stream.as_fd(), &buffer[..length]).is_err() {
+                    return;
+                }
+            }
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => {
+                if crate::wait::readable(stdin, None).is_err() {
+                    break;
+                }
+            }
+            Err(_) => break,
+        }
+    }
+    drop(stream.shutdown(Shutdown::Write));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answer_is_read_to_its_end_and_no_further() {
+        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(b"OK 1073741824\nrest").unwrap();
+        read_answer(&mut ours).unwrap();
+        drop(theirs);
+        let mut rest = String::new();
+        ours.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest, "rest");
+    }
+
+    #[test]
+    fn closed_connection_is_a_refusal() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        assert_eq!(
+            read_answer(&mut ours).unwrap_err().kind(),
+            ErrorKind::ConnectionRefused
+        );
+    }
+
+    #[test]
+    fn all_output_arrives_before_it_counts_as_finished() {
+        let (sender, finished) = mpsc::channel();
+        let mut pumps = Pumps { finished, running: 2 };
+        sender.send(()).unwrap();
+        pumps.finish(Some(Duration::from_millis(5)));
+        assert_eq!(pumps.running, 1);
+        sender.send(()).unwrap();
+        pumps.finish(None);
+        assert_eq!(pumps.running, 0);
+    }
+}
