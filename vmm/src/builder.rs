@@ -19,7 +19,10 @@ use crate::{
     device_manager::{DeviceManager, DeviceManagerError, Subscriber},
     devices::{
         legacy::{BootTimerDevice, I8042, Serial, SerialError},
-        virtio::blk::{Blk, BlkError, BlkSpec, EngineChoice},
+        virtio::{
+            blk::{Blk, BlkError, BlkSpec, EngineChoice},
+            vsock::{Vsock, VsockError, VsockSpec},
+        },
     },
     jail::seccomp::{Filters, Role},
     stop::StopSignal,
@@ -65,6 +68,9 @@ pub enum BuildError {
     /// A disk.
     #[error(transparent)]
     Blk(#[from] BlkError),
+    /// The socket device.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// Kernel and boot data.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -217,6 +223,15 @@ fn attach_devices(
         devices.announce(format!("hull_boottimer={:#x}", layout::BOOT_TIMER_PORT));
     }
     attach_disks(&mut devices, vm, std::mem::take(&mut spec.blk))?;
+    if let Some(vsock) = spec.vsock.take() {
+        let vsock = Vsock::new(VsockSpec::new(
+            u64::from(vsock.cid),
+            vsock.listener,
+            vsock.guest_ports,
+        )?)?;
+        let metrics = vsock.metrics();
+        devices.attach_virtio(vm, "vsock", Arc::new(Mutex::new(vsock)), metrics)?;
+    }
     devices.announce(format!("hull_apstart={:#x}", layout::APSTART_PORT));
     Ok(devices)
 }

@@ -390,7 +390,7 @@ fn describe_config(error: &ConfigError) -> ApiError {
 fn describe_build(error: &BuildError) -> ApiError {
     let code = match error {
         BuildError::Boot(BootError::Cmdline { .. } | BootError::TooSmall { .. }) => ErrorCode::InvalidConfig,
-        BuildError::Boot(_) | BuildError::Blk(_) => ErrorCode::Resource,
+        BuildError::Boot(_) | BuildError::Blk(_) | BuildError::Vsock(_) => ErrorCode::Resource,
         _ => ErrorCode::Host,
     };
     ApiError {
