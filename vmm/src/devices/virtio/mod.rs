@@ -17,10 +17,12 @@
 //! - After [`VirtioDevice::reset`] or drop returns, the host kernel holds no reference to guest memory on the device's
 //!   behalf.
 
+pub mod balloon;
 pub mod blk;
 pub mod iovec;
 pub mod metrics;
 pub mod queue;
+pub mod rng;
 #[cfg(test)]
 #[expect(clippy::cast_possible_truncation, reason = "test data")]
 pub(crate) mod test_driver;

@@ -1,3 +1,5 @@
 //! How a driver reaches a device's registers.
 
 pub mod mmio;
+#[cfg(test)]
+mod tests;
