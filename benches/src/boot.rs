@@ -2,7 +2,7 @@
 //!
 //! Both VMMs get the same `vmlinux`, the same initramfs, the same command line and the same memory. The kernel marks its phases
 //! with one-byte writes to an I/O port (`hull_boottimer=`): `hull-vmm` reports them when the guest stops, QEMU passes them on
-//! through its debug console, where we stamp them as they arrive. `spawn_to_exit` is taken outside both, by the same clock.
+//! through its debug console, where we stamp them as they arrive. `spawn_to_exit_ms` is taken outside both, by the same clock.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -80,7 +80,7 @@ pub fn run(args: &BootArgs, out: &Path) -> Result<()> {
         let guest = Guest {
             vmm: &vmm,
             kernel: &kernel,
-            initramfs: guest::initramfs(directory.path())?,
+            initramfs: guest::initramfs(directory.path(), guest::Program::Reset)?,
             memory_mib: args.memory_mib,
             vcpus,
             directory: directory.path(),
@@ -97,7 +97,7 @@ pub fn run(args: &BootArgs, out: &Path) -> Result<()> {
             benchmark: &name,
             baseline: if args.hull_only { "hull-vmm" } else { "qemu-microvm" },
             guest_kernel: &crate::kernel_hash(&kernel),
-            plotted: "spawn_to_exit",
+            plotted: "spawn_to_exit_ms",
         };
         for path in emit(&context, &series, out)? {
             println!("  {}", path.display());
@@ -144,12 +144,12 @@ fn hull(guest: &Guest<'_>) -> Result<Figures> {
         .with_context(|| format!("hull-vmm printed no stop report: {text}"))?;
     let timer = report.boot_timer;
     let mut figures = Figures::from([
-        ("spawn_to_exit".to_owned(), total),
-        ("main_to_first_run".to_owned(), timer.main_to_first_run_us / 1000.0),
+        ("spawn_to_exit_ms".to_owned(), total),
+        ("main_to_first_run_ms".to_owned(), timer.main_to_first_run_us / 1000.0),
     ]);
     for mark in timer.marks {
         if let Some((_, name)) = PHASES.iter().find(|(phase, _)| *phase == mark.phase) {
-            figures.entry(format!("run_to_{name}")).or_insert(mark.since_first_run_us / 1000.0);
+            figures.entry(format!("run_to_{name}_ms")).or_insert(mark.since_first_run_us / 1000.0);
         }
     }
     Ok(figures)
@@ -174,14 +174,14 @@ fn qemu(guest: &Guest<'_>) -> Result<Figures> {
         .context("cannot start qemu-system-x86_64; `cargo xtask setup` installs it")?;
     let marks = child.stdout.take().map(|out| std::thread::spawn(move || stamp(out, begin)));
     let total = wait(&mut child, begin)?;
-    let mut figures = Figures::from([("spawn_to_exit".to_owned(), total)]);
+    let mut figures = Figures::from([("spawn_to_exit_ms".to_owned(), total)]);
     let stamped = marks.and_then(|thread| thread.join().ok()).unwrap_or_default();
     for (phase, name) in PHASES {
         if let Some(at) = stamped.get(phase) {
-            figures.insert(format!("spawn_to_{name}"), *at);
+            figures.insert(format!("spawn_to_{name}_ms"), *at);
         }
     }
-    if !figures.contains_key("spawn_to_init") {
+    if !figures.contains_key("spawn_to_init_ms") {
         bail!("the guest under QEMU never reached its first program");
     }
     Ok(figures)

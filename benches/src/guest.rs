@@ -11,16 +11,26 @@ const S_IFDIR: u32 = 0o040_000;
 const S_IFCHR: u32 = 0o020_000;
 const S_IFREG: u32 = 0o100_000;
 
+/// What the only program of a guest does.
+#[derive(Debug, Clone, Copy)]
+pub enum Program {
+    /// Say one byte on the console and reset the machine.
+    Reset,
+    /// Say one byte on the console and wait for ever.
+    Idle,
+}
+
 /// Assemble `guest/init.S` and pack it as `/init` beside an empty `/dev/console`; returns the archive's path.
 ///
 /// # Errors
 /// No C compiler, or the folder can't be written.
-pub fn initramfs(directory: &Path) -> Result<PathBuf> {
+pub fn initramfs(directory: &Path, what: Program) -> Result<PathBuf> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/init.S");
     let program = directory.join("init");
     let status = Command::new("gcc")
         .args(["-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,noseparate-code", "-s", "-o"])
         .arg(&program)
+        .args(matches!(what, Program::Idle).then_some("-DIDLE"))
         .arg(&source)
         .status()
         .context("cannot start gcc; `cargo xtask setup` installs it")?;
@@ -47,7 +57,7 @@ mod tests {
     #[test]
     fn initramfs_holds_a_static_init_and_a_console() {
         let directory = tempfile::tempdir().unwrap();
-        let archive = fs::read(initramfs(directory.path()).unwrap()).unwrap();
+        let archive = fs::read(initramfs(directory.path(), Program::Reset).unwrap()).unwrap();
         assert!(archive.starts_with(b"070701"));
         assert!(archive.len() < 16 << 10, "{} bytes", archive.len());
         let text = String::from_utf8_lossy(&archive);

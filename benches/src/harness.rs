@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// One run's figures by name, in milliseconds.
+/// One run's figures by name; a name ends in its unit.
 pub type Figures = BTreeMap<String, f64>;
 
 /// One way of doing the work under test.

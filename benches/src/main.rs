@@ -5,6 +5,7 @@
 mod boot;
 mod guest;
 mod harness;
+mod idle;
 mod report;
 mod stats;
 
@@ -28,12 +29,15 @@ struct Cli {
 enum Verb {
     /// From starting a VMM to the guest's first program, beside QEMU microvm on the same kernel
     Boot(boot::BootArgs),
+    /// What a microVM costs that does nothing, beside QEMU microvm on the same kernel
+    Idle(idle::IdleArgs),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match &cli.verb {
         Verb::Boot(args) => boot::run(args, &cli.out),
+        Verb::Idle(args) => idle::run(args, &cli.out),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

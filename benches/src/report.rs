@@ -27,7 +27,6 @@ pub struct Host {
 #[derive(Debug, Serialize)]
 struct Report<'a> {
     benchmark: &'a str,
-    unit: &'static str,
     baseline: &'a str,
     host: Host,
     guest_kernel: &'a str,
@@ -45,7 +44,7 @@ pub struct RunContext<'a> {
     pub baseline: &'a str,
     /// Hash of the guest kernel's inputs, or "none".
     pub guest_kernel: &'a str,
-    /// Figure to plot.
+    /// Figure to plot; its name ends in its unit.
     pub plotted: &'a str,
 }
 
@@ -104,7 +103,6 @@ pub fn emit(context: &RunContext<'_>, series: &Series, directory: &Path) -> Resu
     let json = directory.join(format!("{}.json", context.benchmark));
     let report = Report {
         benchmark: context.benchmark,
-        unit: "ms",
         baseline: context.baseline,
         host: Host::read(),
         guest_kernel: context.guest_kernel,
@@ -127,7 +125,7 @@ fn table(
     let mut table = Table::new();
     table.load_style(presets::UTF8_BORDERS_ONLY);
     let versus = format!("p50 ÷ {}", context.baseline);
-    table.set_header(["contender", "figure (ms)", "n", "min", "p50", "p99", "max", versus.as_str(), "p value"]);
+    table.set_header(["contender", "figure", "n", "min", "p50", "p99", "max", versus.as_str(), "p value"]);
     for (contender, figures) in summaries {
         for (figure, s) in figures {
             let against = comparisons.get(contender).and_then(|figures| figures.get(figure));
@@ -165,13 +163,13 @@ fn plot(context: &RunContext<'_>, series: &Series, path: &Path) -> Result<()> {
     let failed = |error: &dyn std::fmt::Display| anyhow!("cannot draw the plot: {error}");
     area.fill(&WHITE).map_err(|e| failed(&e))?;
     let mut chart = ChartBuilder::on(&area)
-        .caption(format!("{}: {} (ms)", context.benchmark, context.plotted), ("sans-serif", 20))
+        .caption(format!("{}: {}", context.benchmark, context.plotted), ("sans-serif", 20))
         .margin(16)
         .x_label_area_size(36)
         .y_label_area_size(48)
         .build_cartesian_2d(0.0..widest * 1.02, 0.0..100.0)
         .map_err(|e| failed(&e))?;
-    chart.configure_mesh().x_desc("ms").y_desc("% of runs").draw().map_err(|e| failed(&e))?;
+    chart.configure_mesh().x_desc(context.plotted).y_desc("% of runs").draw().map_err(|e| failed(&e))?;
     for (index, (contender, samples)) in sorted.iter().enumerate() {
         let colour = Palette99::pick(index).to_rgba();
         let steps = f64::from(u32::try_from(samples.len()).unwrap_or(1));

@@ -55,9 +55,7 @@ impl fmt::Display for Artifacts {
 /// The build fails; the message says why and what to do.
 pub fn guest_kernel() -> Result<PathBuf> {
     step("guest kernel");
-    let inputs = guest_kernel::Inputs::embedded()?;
-    let artifact = guest_kernel::locate_or_build(&inputs, &guest_kernel::BuildOptions::default())?;
-    Ok(artifact.vmlinux)
+    Ok(guest_kernel::locate_or_build()?.vmlinux)
 }
 
 /// Everything, in the release profile.
@@ -86,13 +84,14 @@ pub fn build_all() -> Result<Artifacts> {
 /// The root file system of every microVM: the agent, and the folders it mounts things on.
 fn agent_root(agent: &Path, image: &Path) -> Result<()> {
     let folder = Metadata::new(0o755);
-    let mut builder = ImageBuilder::new();
+    let mut builder = ImageBuilder::new(image.parent().unwrap_or(image))?;
     for name in ["dev", "mnt", "proc", "run", "sys", "tmp"] {
         builder.directory(name, folder.clone())?;
     }
-    let program = File::open(agent).with_context(|| format!("cannot open {}", agent.display()))?;
-    builder.file("hull-agent", folder, program)?;
-    builder.write_to(image).with_context(|| format!("cannot write {}", image.display()))
+    let mut program = File::open(agent).with_context(|| format!("cannot open {}", agent.display()))?;
+    builder.file("hull-agent", folder, &mut program)?;
+    builder.write_to(image).with_context(|| format!("cannot write {}", image.display()))?;
+    Ok(())
 }
 
 fn link(to: &Path, at: &Path) -> Result<()> {

@@ -100,7 +100,7 @@ fn redis(artifacts: &Artifacts) -> Result<()> {
             .spawn()
             .context("cannot start hull")?,
     );
-    let mut client = |arguments: &[&str]| {
+    let client = |arguments: &[&str]| {
         let mut command = hull(artifacts);
         command.args(["exec", REDIS_NAME, "redis-cli"]).args(arguments);
         command
