@@ -1,21 +1,16 @@
 /* The smallest init: says that it was reached, how much memory is in use and how many CPUs are on, then stops the
- * machine. The boot tests count these lines; "hull_boottimer=PORT" on the command line marks the moment for the VMM.
+ * machine.
  */
 #include "guest.h"
-#include <sys/io.h>
 #include <sys/sysinfo.h>
 
 int main(void)
 {
 	struct sysinfo info;
 	struct timespec since_boot;
-	const char *port;
 
 	become_init();
 	clock_gettime(CLOCK_BOOTTIME, &since_boot);
-	port = kernel_parameter("hull_boottimer");
-	if (port && !ioperm(strtoul(port, NULL, 0), 1, 1))
-		outb(0x7b, strtoul(port, NULL, 0));
 	sysinfo(&info);
 	report("{\"init\":true,\"cpus\":%ld,\"total_kib\":%lu,\"free_kib\":%lu,\"uptime_us\":%ld}",
 	       sysconf(_SC_NPROCESSORS_ONLN), info.totalram * info.mem_unit >> 10, info.freeram * info.mem_unit >> 10,

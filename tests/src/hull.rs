@@ -27,12 +27,16 @@ pub struct Outcome {
 impl Outcome {
     /// Exit code; a death by signal panics with what was printed.
     pub fn code(&self) -> i32 {
-        self.status.code().unwrap_or_else(|| panic!("ended by a signal: {self:?}"))
+        self.status
+            .code()
+            .unwrap_or_else(|| panic!("ended by a signal: {self:?}"))
     }
 
     /// Standard output as text, without the last line break.
     pub fn text(&self) -> String {
-        String::from_utf8_lossy(&self.stdout).trim_end_matches('\n').to_owned()
+        String::from_utf8_lossy(&self.stdout)
+            .trim_end_matches('\n')
+            .to_owned()
     }
 }
 
@@ -54,13 +58,22 @@ pub fn available() -> bool {
         if !Path::new("/dev/kvm").exists() {
             return Some("/dev/kvm is not there".to_owned());
         }
-        ["HULL_BIN", "HULL_VMM", "HULL_KERNEL", "HULL_AGENT_IMAGE", "HULL_TEST_IMAGES"]
-            .iter()
-            .find(|name| std::env::var_os(name).is_none())
-            .map(|name| format!("{name} is not set; `cargo xtask test` builds everything and sets it"))
+        [
+            "HULL_BIN",
+            "HULL_VMM",
+            "HULL_KERNEL",
+            "HULL_AGENT_IMAGE",
+            "HULL_TEST_IMAGES",
+        ]
+        .iter()
+        .find(|name| std::env::var_os(name).is_none())
+        .map(|name| format!("{name} is not set; `cargo xtask test` builds everything and sets it"))
     });
     if let Some(why) = missing {
-        assert!(std::env::var_os("HULL_REQUIRE_KVM").is_none_or(|v| v != "1"), "a microVM is required: {why}");
+        assert!(
+            std::env::var_os("HULL_REQUIRE_KVM").is_none_or(|v| v != "1"),
+            "a microVM is required: {why}"
+        );
         eprintln!("skipped: {why}");
     }
     missing.is_none()
@@ -120,7 +133,11 @@ impl Hull {
 
     /// Run to the end with bytes on standard input.
     pub fn run_with_input(&self, arguments: &[&str], input: Vec<u8>) -> Outcome {
-        let mut child = self.command(arguments).stdin(Stdio::piped()).spawn().expect("hull starts");
+        let mut child = self
+            .command(arguments)
+            .stdin(Stdio::piped())
+            .spawn()
+            .expect("hull starts");
         let mut stdin = child.stdin.take().expect("piped");
         let writer = std::thread::spawn(move || {
             use std::io::Write;
@@ -135,7 +152,9 @@ impl Hull {
     /// Processes of this world other than those the test itself holds.
     pub fn processes(&self) -> Vec<(i32, String)> {
         let marker = self.root.path().display().to_string();
-        let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+        let Ok(entries) = fs::read_dir("/proc") else {
+            return Vec::new();
+        };
         entries
             .flatten()
             .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
@@ -152,16 +171,28 @@ impl Hull {
 
     /// The VMM processes of this world.
     pub fn vmms(&self) -> Vec<i32> {
-        self.processes().into_iter().filter(|(_, line)| line.contains("hull-vmm")).map(|(pid, _)| pid).collect()
+        self.processes()
+            .into_iter()
+            .filter(|(_, line)| line.contains("hull-vmm"))
+            .map(|(pid, _)| pid)
+            .collect()
     }
 
     /// Everything that should not be there once no container runs. Empty is good.
     pub fn leftovers(&self) -> Vec<String> {
-        let mut found: Vec<String> =
-            self.processes().into_iter().map(|(pid, line)| format!("process {pid}: {line}")).collect();
+        let mut found: Vec<String> = self
+            .processes()
+            .into_iter()
+            .map(|(pid, line)| format!("process {pid}: {line}"))
+            .collect();
         let marker = self.root.path().display().to_string();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        found.extend(mounts.lines().filter(|line| line.contains(&marker)).map(|line| format!("mount {line}")));
+        found.extend(
+            mounts
+                .lines()
+                .filter(|line| line.contains(&marker))
+                .map(|line| format!("mount {line}")),
+        );
         files_below(&self.runtime_dir(), &mut found);
         found
     }
@@ -181,7 +212,9 @@ impl Hull {
 
 /// Files and folders of sandboxes; a lock file at the top that outlives its users holds nothing.
 fn files_below(directory: &Path, found: &mut Vec<String>) {
-    let Ok(entries) = fs::read_dir(directory) else { return };
+    let Ok(entries) = fs::read_dir(directory) else {
+        return;
+    };
     for entry in entries.flatten() {
         let path = entry.path();
         if path.is_file() && path.extension().is_some_and(|extension| extension == "lock") {

@@ -4,3 +4,6 @@
 //! product.
 
 pub mod hull;
+pub mod initramfs;
+pub mod kernel_guest;
+pub mod kernel_vm;
