@@ -5,23 +5,24 @@
 //!
 //! Thread: the event loop's. Everything made here is taken down by dropping [`MicroVm`].
 
+mod devices;
+
 use crate::{
     arch::x86_64::{
         backend,
         boot::{self, BootError, BootSource},
         cpuid::{CpuidError, CpuidTable},
-        layout,
         msr::{self, MsrError},
         regs::{self, RegsError},
     },
     boot_timer::BootTimer,
-    config::{BlkResource, VmSpec},
+    config::VmSpec,
     device_manager::{DeviceManager, DeviceManagerError, Subscriber},
     devices::{
-        legacy::{BootTimerDevice, I8042, Serial, SerialError},
+        legacy::SerialError,
         virtio::{
-            blk::{Blk, BlkError, BlkSpec, EngineChoice},
-            vsock::{Vsock, VsockError, VsockSpec},
+            self,
+            balloon::{Balloon, BalloonError},
         },
     },
     jail::seccomp::{Filters, Role},
@@ -40,12 +41,12 @@ use kvm_ioctls::VcpuFd;
 use std::{
     io,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
-use vmm_api::{IoEngine, StartMetrics, VcpuMetrics};
+use vmm_api::{StartMetrics, VcpuMetrics};
 
 /// How long a vCPU may take to leave the guest. It needs microseconds; a host under heavy load may need much more.
 const HOLD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -67,10 +68,16 @@ pub enum BuildError {
     Serial(#[from] SerialError),
     /// A disk.
     #[error(transparent)]
-    Blk(#[from] BlkError),
+    Blk(#[from] virtio::blk::BlkError),
     /// The socket device.
     #[error(transparent)]
-    Vsock(#[from] VsockError),
+    Vsock(#[from] virtio::vsock::VsockError),
+    /// The entropy device.
+    #[error(transparent)]
+    Rng(#[from] virtio::rng::RngError),
+    /// The balloon.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// Kernel and boot data.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -110,6 +117,7 @@ pub struct MicroVm {
     /// Dropped first: the threads must be gone before the VM is.
     vcpus: Vec<VcpuHandle>,
     devices: DeviceManager,
+    balloon: Option<Arc<Mutex<Balloon>>>,
     boot_timer: Arc<BootTimer>,
     unclaimed: Arc<AtomicU64>,
     start: StartMetrics,
@@ -145,7 +153,7 @@ pub fn build(
     start.create_vm_us = watch.lap_us();
 
     let boot_timer = Arc::new(BootTimer::default());
-    let mut devices = attach_devices(&vm, &mut spec, stop, &boot_timer)?;
+    let (mut devices, balloon) = devices::attach(&vm, &mut spec, stop, &boot_timer)?;
     start.devices_us = watch.lap_us();
 
     let cmdline = full_cmdline(&spec.cmdline, devices.cmdline());
@@ -179,6 +187,7 @@ pub fn build(
     Ok(MicroVm {
         vcpus,
         devices,
+        balloon,
         boot_timer,
         unclaimed,
         start,
@@ -199,61 +208,6 @@ fn full_cmdline(configured: &str, devices: &[String]) -> String {
     }
     words.retain(|word| !word.is_empty());
     words.join(" ")
-}
-
-fn attach_devices(
-    vm: &Vm,
-    spec: &mut VmSpec,
-    stop: &Arc<StopSignal>,
-    boot_timer: &Arc<BootTimer>,
-) -> Result<DeviceManager, BuildError> {
-    let mut devices = DeviceManager::new();
-    devices.attach_port(layout::I8042_PORT, 5, Arc::new(I8042::new(Arc::clone(stop))))?;
-    if let Some(output) = spec.serial.take() {
-        let serial = Serial::new(output)?;
-        vm.register_irqfd(serial.interrupt(), layout::SERIAL_GSI)?;
-        devices.attach_port(layout::SERIAL_PORT, layout::SERIAL_PORTS, Arc::new(serial))?;
-    }
-    if spec.boot_timer {
-        devices.attach_port(
-            layout::BOOT_TIMER_PORT,
-            1,
-            Arc::new(BootTimerDevice::new(Arc::clone(boot_timer))),
-        )?;
-        devices.announce(format!("hull_boottimer={:#x}", layout::BOOT_TIMER_PORT));
-    }
-    attach_disks(&mut devices, vm, std::mem::take(&mut spec.blk))?;
-    if let Some(vsock) = spec.vsock.take() {
-        let vsock = Vsock::new(VsockSpec::new(
-            u64::from(vsock.cid),
-            vsock.listener,
-            vsock.guest_ports,
-        )?)?;
-        let metrics = vsock.metrics();
-        devices.attach_virtio(vm, "vsock", Arc::new(Mutex::new(vsock)), metrics)?;
-    }
-    devices.announce(format!("hull_apstart={:#x}", layout::APSTART_PORT));
-    Ok(devices)
-}
-
-fn attach_disks(devices: &mut DeviceManager, vm: &Vm, disks: Vec<BlkResource>) -> Result<(), BuildError> {
-    for disk in disks {
-        let engine = match disk.io_engine {
-            IoEngine::Auto => EngineChoice::Auto,
-            IoEngine::IoUring => EngineChoice::IoUring,
-            IoEngine::Sync => EngineChoice::Sync,
-        };
-        let mut spec = BlkSpec::new(disk.id.clone(), disk.image, disk.read_only)
-            .with_queues(disk.queues)?
-            .with_engine(engine);
-        if let Some(serial) = &disk.serial {
-            spec = spec.with_serial(serial)?;
-        }
-        let blk = Blk::new(spec)?;
-        let metrics = blk.metrics();
-        devices.attach_virtio(vm, &disk.id, Arc::new(Mutex::new(blk)), metrics)?;
-    }
-    Ok(())
 }
 
 fn create_vcpus(
@@ -327,6 +281,21 @@ impl MicroVm {
     /// The event sources, once.
     pub fn take_subscribers(&mut self) -> Vec<Subscriber> {
         self.devices.take_subscribers()
+    }
+
+    /// Sets the balloon's target; false if there is no balloon.
+    ///
+    /// # Errors
+    /// If the target is beyond the guest's memory.
+    pub fn set_balloon(&self, target_mib: u64) -> Result<bool, BalloonError> {
+        let Some(balloon) = &self.balloon else {
+            return Ok(false);
+        };
+        balloon
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .set_target_mib(target_mib)?;
+        Ok(true)
     }
 
     /// How long each step took.

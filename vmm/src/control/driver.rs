@@ -6,6 +6,7 @@ use crate::{
     builder::{self, BuildError, MicroVm},
     config::{ConfigError, Resources, VmSpec},
     device_manager::Subscriber,
+    devices::virtio::blk::BlkError,
     jail::{
         limits,
         seccomp::{Filters, Role, SeccompError},
@@ -307,11 +308,24 @@ impl Driver {
         }
     }
 
-    fn set_balloon(&mut self, _target_mib: u64) -> Result<ResponseBody, ApiError> {
-        Err(ApiError {
-            code: ErrorCode::NoSuchDevice,
-            message: "the microVM has no balloon".to_owned(),
-        })
+    fn set_balloon(&mut self, target_mib: u64) -> Result<ResponseBody, ApiError> {
+        let Some(microvm) = self.microvm() else {
+            return Err(self.wrong_state("balloon"));
+        };
+        match microvm.set_balloon(target_mib) {
+            Ok(true) => Ok(ResponseBody::Done),
+            Ok(false) => {
+                let message = "the microVM was configured without a balloon".to_owned();
+                Err(ApiError {
+                    code: ErrorCode::NoSuchDevice,
+                    message,
+                })
+            }
+            Err(error) => Err(ApiError {
+                code: ErrorCode::InvalidConfig,
+                message: chain(&error),
+            }),
+        }
     }
 
     fn microvm(&self) -> Option<&MicroVm> {
@@ -390,6 +404,7 @@ fn describe_config(error: &ConfigError) -> ApiError {
 fn describe_build(error: &BuildError) -> ApiError {
     let code = match error {
         BuildError::Boot(BootError::Cmdline { .. } | BootError::TooSmall { .. }) => ErrorCode::InvalidConfig,
+        BuildError::Blk(BlkError::Queues { .. } | BlkError::Serial { .. }) => ErrorCode::InvalidConfig,
         BuildError::Boot(_) | BuildError::Blk(_) | BuildError::Vsock(_) => ErrorCode::Resource,
         _ => ErrorCode::Host,
     };

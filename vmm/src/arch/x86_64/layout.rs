@@ -60,6 +60,8 @@ pub const SERIAL_PORTS: u64 = 8;
 pub const SERIAL_GSI: u32 = 4;
 /// Keyboard controller: data, and four ports later command and status.
 pub const I8042_PORT: u16 = 0x60;
+/// From the data port to the command port.
+pub const I8042_PORTS: u64 = 5;
 /// Doorbell with which a guest starts a vCPU.
 pub const APSTART_PORT: u16 = 0x5b0;
 /// Boot phase marks.

@@ -1,0 +1,111 @@
+//! Creates the configured devices and attaches them, in the order in which the guest shall number them.
+
+use super::BuildError;
+use crate::{
+    arch::x86_64::layout,
+    boot_timer::BootTimer,
+    config::{BalloonResource, BlkResource, VmSpec, VsockResource},
+    device_manager::DeviceManager,
+    devices::{
+        legacy::{BootTimerDevice, I8042, Serial},
+        virtio::{
+            balloon::{Balloon, BalloonSpec},
+            blk::{Blk, BlkSpec, EngineChoice},
+            rng::Rng,
+            vsock::{Vsock, VsockSpec},
+        },
+    },
+    stop::StopSignal,
+    vstate::vm::Vm,
+};
+use std::sync::{Arc, Mutex};
+use vmm_api::IoEngine;
+
+/// All devices of `spec`; what needs the balloon later gets it.
+pub(super) fn attach(
+    vm: &Vm,
+    spec: &mut VmSpec,
+    stop: &Arc<StopSignal>,
+    boot_timer: &Arc<BootTimer>,
+) -> Result<(DeviceManager, Option<Arc<Mutex<Balloon>>>), BuildError> {
+    let mut devices = DeviceManager::new();
+    devices.attach_port(
+        layout::I8042_PORT,
+        layout::I8042_PORTS,
+        Arc::new(I8042::new(Arc::clone(stop))),
+    )?;
+    if let Some(output) = spec.serial.take() {
+        let serial = Serial::new(output)?;
+        vm.register_irqfd(serial.interrupt(), layout::SERIAL_GSI)?;
+        devices.attach_port(layout::SERIAL_PORT, layout::SERIAL_PORTS, Arc::new(serial))?;
+    }
+    if spec.boot_timer {
+        devices.attach_port(
+            layout::BOOT_TIMER_PORT,
+            1,
+            Arc::new(BootTimerDevice::new(Arc::clone(boot_timer))),
+        )?;
+        devices.announce(format!("hull_boottimer={:#x}", layout::BOOT_TIMER_PORT));
+    }
+    devices.announce(format!("hull_apstart={:#x}", layout::APSTART_PORT));
+    for disk in std::mem::take(&mut spec.blk) {
+        attach_disk(&mut devices, vm, disk)?;
+    }
+    if let Some(vsock) = spec.vsock.take() {
+        attach_vsock(&mut devices, vm, vsock)?;
+    }
+    if spec.rng {
+        let rng = Rng::new()?;
+        let metrics = rng.metrics();
+        devices.attach_virtio(vm, "rng", Arc::new(Mutex::new(rng)), metrics)?;
+    }
+    let balloon = spec
+        .balloon
+        .map(|balloon| attach_balloon(&mut devices, vm, spec.memory_mib, balloon))
+        .transpose()?;
+    Ok((devices, balloon))
+}
+
+fn attach_disk(devices: &mut DeviceManager, vm: &Vm, disk: BlkResource) -> Result<(), BuildError> {
+    let engine = match disk.io_engine {
+        IoEngine::Auto => EngineChoice::Auto,
+        IoEngine::IoUring => EngineChoice::IoUring,
+        IoEngine::Sync => EngineChoice::Sync,
+    };
+    let spec = BlkSpec::new(disk.id.clone(), disk.image, disk.read_only);
+    let mut spec = spec.with_queues(disk.queues)?.with_engine(engine);
+    if let Some(serial) = &disk.serial {
+        spec = spec.with_serial(serial)?;
+    }
+    let blk = Blk::new(spec)?;
+    let metrics = blk.metrics();
+    Ok(devices.attach_virtio(vm, &disk.id, Arc::new(Mutex::new(blk)), metrics)?)
+}
+
+fn attach_vsock(devices: &mut DeviceManager, vm: &Vm, vsock: VsockResource) -> Result<(), BuildError> {
+    let vsock = Vsock::new(VsockSpec::new(
+        u64::from(vsock.cid),
+        vsock.listener,
+        vsock.guest_ports,
+    )?)?;
+    let metrics = vsock.metrics();
+    Ok(devices.attach_virtio(vm, "vsock", Arc::new(Mutex::new(vsock)), metrics)?)
+}
+
+fn attach_balloon(
+    devices: &mut DeviceManager,
+    vm: &Vm,
+    memory_mib: u64,
+    balloon: BalloonResource,
+) -> Result<Arc<Mutex<Balloon>>, BuildError> {
+    let balloon = Balloon::new(BalloonSpec {
+        memory_mib,
+        free_page_reporting: balloon.free_page_reporting,
+        deflate_on_oom: balloon.deflate_on_oom,
+        stats_interval: balloon.stats_interval,
+    })?;
+    let metrics = balloon.metrics();
+    let balloon = Arc::new(Mutex::new(balloon));
+    devices.attach_virtio(vm, "balloon", Arc::clone(&balloon), metrics)?;
+    Ok(balloon)
+}
