@@ -1,1 +1,102 @@
-fn main() {}
+//! `hull`: containers, each in a microVM of its own, by the verbs people know from docker.
+//!
+//! One file per verb; each is thin on `sandbox` and `rootfs_builder`. There is no daemon: a command does its
+//! work itself and first removes what a killed one left.
+//!
+//! Exit codes: those of docker. `run` and `exec` end with the container's own; 125 is ours, 126 a command that
+//! can't be executed, 127 one that isn't found.
+
+mod doctor;
+mod exec;
+mod image;
+mod images;
+mod import;
+mod kill;
+mod output;
+mod ps;
+mod rm;
+mod rmi;
+mod run;
+mod signal_name;
+mod stats;
+mod stop;
+mod terminal;
+mod version;
+
+use std::{io::Write as _, process::ExitCode, time::Instant};
+
+use clap::{Parser, Subcommand, error::ErrorKind};
+use sandbox::SandboxError;
+
+/// Containers, each in a microVM of its own.
+#[derive(Debug, Parser)]
+#[command(
+    name = "hull",
+    version,
+    disable_help_subcommand = true,
+    subcommand_required = true
+)]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Run(Box<run::Run>),
+    Exec(exec::Exec),
+    Ps(ps::Ps),
+    Stats(stats::Stats),
+    Stop(stop::Stop),
+    Kill(kill::Kill),
+    Rm(rm::Rm),
+    Images(images::Images),
+    Import(import::Import),
+    Rmi(rmi::Rmi),
+    Doctor(doctor::Doctor),
+    Version(version::Version),
+}
+
+/// Bad arguments and everything else that is ours.
+const OURS: u8 = 125;
+
+fn main() -> ExitCode {
+    let started = Instant::now();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("HULL_LOG")
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn")),
+        )
+        .init();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Help and version go to stdout and are no failure.
+            drop(error.print());
+            let asked = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+            return ExitCode::from(if asked { 0 } else { OURS });
+        }
+    };
+    let (result, failure): (anyhow::Result<u8>, fn(&SandboxError) -> u8) = match arguments.verb {
+        Verb::Run(run) => (run.execute(started), SandboxError::exit_code),
+        Verb::Exec(exec) => (exec.execute(), exec::failure_code),
+        Verb::Ps(ps) => (ps.execute(), |_| 1),
+        Verb::Stats(stats) => (stats.execute(), |_| 1),
+        Verb::Stop(stop) => (stop.execute(), |_| 1),
+        Verb::Kill(kill) => (kill.execute(), |_| 1),
+        Verb::Rm(rm) => (rm.execute(), |_| 1),
+        Verb::Images(images) => (images.execute(), |_| 1),
+        Verb::Import(import) => (import.execute(), |_| 1),
+        Verb::Rmi(rmi) => (rmi.execute(), |_| 1),
+        Verb::Doctor(doctor) => (doctor.execute(), |_| 1),
+        Verb::Version(version) => (version.execute(), |_| 1),
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            drop(writeln!(std::io::stderr(), "hull: {error:#}"));
+            ExitCode::from(error.downcast_ref::<SandboxError>().map_or(OURS, failure))
+        }
+    }
+}

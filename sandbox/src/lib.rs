@@ -31,6 +31,7 @@ mod timing;
 mod vmm_client;
 mod wait;
 
+pub use agent_protocol::PROTOCOL_VERSION as AGENT_PROTOCOL_VERSION;
 pub use error::{Result, SandboxError};
 pub use identity::{SandboxId, generate_name};
 pub use lifecycle::{Sandbox, StartOptions, check_host};
