@@ -9,8 +9,10 @@ pub struct Limits {
     pub layers: usize,
     /// One layer once decompressed.
     pub layer_bytes: u64,
-    /// Decompressed bytes for each compressed one, beyond the first gibibyte: deflate can't exceed 1032, so only bombs do.
+    /// Decompressed bytes for each compressed one: deflate can't exceed 1032, so only bombs do.
     pub compression_ratio: u64,
+    /// Up to so many decompressed bytes, any ratio is fine.
+    pub ratio_free_bytes: u64,
     /// Entries of one layer's archive.
     pub layer_entries: u64,
     /// Names, link targets and extended attributes of one layer, which are kept in memory until it is written.
@@ -28,6 +30,7 @@ impl Default for Limits {
             layers: 512,
             layer_bytes: 256 << 30,
             compression_ratio: 1100,
+            ratio_free_bytes: 1 << 30,
             layer_entries: 4_000_000,
             layer_metadata_bytes: 1 << 30,
             file_bytes: 1 << 44,

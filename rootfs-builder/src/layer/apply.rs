@@ -58,7 +58,12 @@ struct Place {
 enum Step {
     Enter(InodeId),
     Follow(Vec<u8>),
-    Make { metadata: Metadata, opaque: bool },
+    /// `is_below`: the layers below have it.
+    Make {
+        metadata: Metadata,
+        opaque: bool,
+        is_below: bool,
+    },
 }
 
 impl<'a> Applier<'a> {
@@ -88,8 +93,9 @@ impl<'a> Applier<'a> {
             return self.below_whiteout(entry, parents);
         }
         if *name == OPAQUE_NAME {
-            let place = self.parent(parents, &entry.path)?;
-            self.set_opaque(place.id);
+            if let Some(place) = self.existing_parent(parents, &entry.path)? {
+                self.set_opaque(place.id);
+            }
             return Ok(());
         }
         if name.starts_with(AUFS_PREFIX) {
@@ -271,7 +277,10 @@ impl<'a> Applier<'a> {
                 problem: "a whiteout of nothing",
             });
         }
-        let place = self.parent(parents, path)?;
+        // Where there is no directory there is nothing to hide.
+        let Some(place) = self.existing_parent(parents, path)? else {
+            return Ok(());
+        };
         match self.tree.child(place.id, hidden) {
             // The same layer's directory stays, without what is below it.
             Some(existing) => self.set_opaque(existing),
@@ -383,20 +392,42 @@ impl<'a> Applier<'a> {
         Ok(Node::Regular(file.finish()?))
     }
 
-    /// The directory an entry goes to. `path` is the entry's, for errors.
+    /// The directory an entry goes to, made if need be. `path` is the entry's, for errors.
     fn parent(&mut self, names: &[&[u8]], path: &[u8]) -> Result<Place, LayerError> {
+        let missing = LayerError::Path {
+            path: shown(path),
+            problem: "has no directory to be in",
+        };
+        self.walk(names, path, true)?.ok_or(missing)
+    }
+
+    /// The directory a mark is in, if this layer or one below has it.
+    fn existing_parent(&mut self, names: &[&[u8]], path: &[u8]) -> Result<Option<Place>, LayerError> {
+        match self.walk(names, path, false) {
+            // A mark below a file marks nothing.
+            Err(LayerError::NotADirectory { .. }) => Ok(None),
+            result => result,
+        }
+    }
+
+    fn walk(&mut self, names: &[&[u8]], path: &[u8], make: bool) -> Result<Option<Place>, LayerError> {
         let mut id = Tree::ROOT;
         for name in names {
             match self.tree.child(id, name) {
                 Some(child) if self.tree.directory(child).is_some() => id = child,
-                _ => return self.parent_step_by_step(names, path),
+                _ => return self.walk_step_by_step(names, path, make),
             }
         }
-        Ok(Place { id, path: None })
+        Ok(Some(Place { id, path: None }))
     }
 
-    /// As [`Self::parent`], where something is missing or a link.
-    fn parent_step_by_step(&mut self, names: &[&[u8]], path: &[u8]) -> Result<Place, LayerError> {
+    /// As [`Self::walk`], where something is missing or a link.
+    fn walk_step_by_step(
+        &mut self,
+        names: &[&[u8]],
+        path: &[u8],
+        make: bool,
+    ) -> Result<Option<Place>, LayerError> {
         let mut todo: Vec<Vec<u8>> = names.iter().rev().map(|name| name.to_vec()).collect();
         let mut at: Vec<(Vec<u8>, InodeId)> = Vec::new();
         let mut links = 0;
@@ -409,7 +440,8 @@ impl<'a> Applier<'a> {
             let here = at.last().map_or(Tree::ROOT, |(_, id)| *id);
             match self.step(&at, here, &name, path)? {
                 Step::Enter(id) => at.push((name, id)),
-                Step::Make { metadata, opaque } => {
+                Step::Make { is_below: false, .. } if !make => return Ok(None),
+                Step::Make { metadata, opaque, .. } => {
                     let id = self.tree.add(
                         metadata,
                         Node::Directory(Directory {
@@ -439,10 +471,10 @@ impl<'a> Applier<'a> {
             }
         }
         let id = at.last().map_or(Tree::ROOT, |(_, id)| *id);
-        Ok(Place {
+        Ok(Some(Place {
             id,
             path: Some(at.into_iter().map(|(name, _)| name).collect()),
-        })
+        }))
     }
 
     fn step(
@@ -452,17 +484,15 @@ impl<'a> Applier<'a> {
         name: &[u8],
         path: &[u8],
     ) -> Result<Step, LayerError> {
-        let not_a_directory = || LayerError::Path {
-            path: shown(path),
-            problem: "goes through something that is not a directory",
-        };
+        let not_a_directory = || LayerError::NotADirectory { path: shown(path) };
         if let Some(child) = self.tree.child(here, name) {
             return match &self.tree.inode(child).node {
                 Node::Directory(_) => Ok(Step::Enter(child)),
                 Node::Symlink { target, .. } => Ok(Step::Follow(target.to_vec())),
                 Node::Whiteout => Ok(Step::Make {
-                    metadata: Metadata::new(0o755),
+                    metadata: self.implied(here),
                     opaque: true,
+                    is_below: false,
                 }),
                 _ => Err(not_a_directory()),
             };
@@ -476,18 +506,30 @@ impl<'a> Applier<'a> {
         self.depends_on_lower |= !hidden;
         match found {
             None => Ok(Step::Make {
-                metadata: Metadata::new(0o755),
+                metadata: self.implied(here),
                 opaque: false,
+                is_below: false,
             }),
             Some(found) => match found.stat.kind {
                 FileKind::Directory => Ok(Step::Make {
                     metadata: from_below(&found.stat),
                     opaque: false,
+                    is_below: true,
                 }),
                 FileKind::Symlink => Ok(Step::Follow(found.reader.link_target(&found.stat)?)),
                 _ => Err(not_a_directory()),
             },
         }
+    }
+
+    /// What `mkdir` in the directory makes: the group is inherited if the parent says so.
+    fn implied(&self, parent: InodeId) -> Metadata {
+        let parent = &self.tree.inode(parent).metadata;
+        let mut metadata = Metadata::new(0o755 | parent.mode & 0o2000);
+        if parent.mode & 0o2000 != 0 {
+            metadata.gid = parent.gid;
+        }
+        metadata
     }
 
     /// Whether a directory on the way hides the layers below.

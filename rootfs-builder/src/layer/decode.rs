@@ -21,8 +21,6 @@ use super::LayerError;
 
 const BUFFER_BYTES: usize = 256 << 10;
 const BUFFERS: usize = 6;
-/// Up to here any ratio of decompressed to compressed bytes is fine.
-const RATIO_FREE_BYTES: u64 = 1 << 30;
 
 /// What a blob must turn out to be.
 #[derive(Debug, Clone)]
@@ -260,7 +258,7 @@ impl Worker {
                 limit: self.limits.layer_bytes,
             });
         }
-        if total > RATIO_FREE_BYTES
+        if total > self.limits.ratio_free_bytes
             && total / if compressed == 0 { 1 } else { compressed } > self.limits.compression_ratio
         {
             return Err(LayerError::Bomb {

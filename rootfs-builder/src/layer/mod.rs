@@ -64,6 +64,8 @@ pub enum LayerError {
     FileTooLarge { path: String, bytes: u64, limit: u64 },
     #[error("the path {path:?} {problem}")]
     Path { path: String, problem: &'static str },
+    #[error("the path {path:?} goes through something that is not a directory")]
+    NotADirectory { path: String },
     #[error("{path:?}: {problem}")]
     Entry { path: String, problem: &'static str },
     #[error("{path:?} is a hard link to {target:?}, which is not there")]

@@ -99,7 +99,11 @@ impl Records {
             if self.xattrs.len() >= XATTRS_MAX {
                 return Err("too many extended attributes");
             }
-            self.xattrs.push((name.to_vec(), value.to_vec()));
+            // As with every record, an empty value takes an earlier one back.
+            self.xattrs.retain(|(earlier, _)| earlier != name);
+            if !value.is_empty() {
+                self.xattrs.push((name.to_vec(), value.to_vec()));
+            }
             return Ok(());
         }
         match key {

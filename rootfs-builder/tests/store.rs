@@ -1,0 +1,464 @@
+//! The store: what is shared, what is found again, what is cleaned up, and that several processes get along.
+
+mod support;
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use rootfs_builder::erofs::{FileKind, Reader};
+use rootfs_builder::{
+    Error, ImageSource, LayerOutcome, NoProgress, PreparedImage, Progress, ProgressEvent, Store,
+};
+use support::archive::{Layout, Member, archive, gzip, sha256};
+
+fn layout(dir: &Path, layers: &[Vec<Member>]) -> ImageSource {
+    let mut layout = Layout::new(dir);
+    for members in layers {
+        layout.layer(&archive(members));
+    }
+    layout.write();
+    ImageSource::OciLayout {
+        dir: dir.to_path_buf(),
+        tag: None,
+    }
+}
+
+fn read(image: &PreparedImage, layer: usize, path: &str) -> Option<Vec<u8>> {
+    let reader = Reader::open(fs::File::open(&image.layers[layer].path).expect("blob")).expect("image");
+    let mut stat = reader.root().expect("root");
+    for name in path.split('/') {
+        stat = reader.lookup(&stat, name.as_bytes()).expect("readable")?;
+    }
+    if stat.kind != FileKind::Regular {
+        return Some(Vec::new());
+    }
+    let mut content = Vec::new();
+    std::io::Read::read_to_end(&mut reader.data(&stat), &mut content).expect("readable");
+    Some(content)
+}
+
+#[derive(Default)]
+struct Outcomes(RefCell<Vec<bool>>);
+
+impl Progress for Outcomes {
+    fn event(&self, event: ProgressEvent<'_>) {
+        if let ProgressEvent::LayerFinished { outcome, .. } = event {
+            self.0
+                .borrow_mut()
+                .push(matches!(outcome, LayerOutcome::Converted { .. }));
+        }
+    }
+}
+
+#[test]
+fn images_share_layers_and_import_only_what_is_new() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let store = Store::open(&scratch.path().join("store")).expect("store");
+    let base = vec![
+        Member::dir("./"),
+        Member::dir("etc"),
+        Member::file("etc/base", b"base"),
+    ];
+    let one = layout(
+        &scratch.path().join("one"),
+        &[
+            base.clone(),
+            vec![Member::dir("etc"), Member::file("etc/one", b"1")],
+        ],
+    );
+    let two = layout(
+        &scratch.path().join("two"),
+        &[base, vec![Member::dir("etc"), Member::file("etc/two", b"2")]],
+    );
+
+    let first = Outcomes::default();
+    let one = store.import(&one, Some("one"), &first).expect("import");
+    assert_eq!(*first.0.borrow(), [true, true]);
+    let second = Outcomes::default();
+    let two_image = store.import(&two, Some("two"), &second).expect("import");
+    assert_eq!(*second.0.borrow(), [false, true]);
+    let third = Outcomes::default();
+    store.import(&two, Some("two-again"), &third).expect("import");
+    assert_eq!(*third.0.borrow(), [false, false]);
+
+    assert_eq!(one.layers[0].path, two_image.layers[0].path);
+    assert_eq!(read(&one, 1, "etc/one").as_deref(), Some(&b"1"[..]));
+    assert_eq!(one.layers[0].size_bytes % 4096, 0);
+    assert_eq!(store.list().expect("list").len(), 2);
+}
+
+#[test]
+fn a_layer_that_leaves_things_to_those_below_is_not_shared_wrongly() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let store = Store::open(&scratch.path().join("store")).expect("store");
+    // The same layer on bases that differ in what it doesn't say.
+    let top = vec![Member::file("tmp/x", b"x"), Member::hard_link("linked", "target")];
+    let base = |mode, content: &[u8]| vec![Member::dir("tmp").mode(mode), Member::file("target", content)];
+    let one = layout(&scratch.path().join("one"), &[base(0o1777, b"one"), top.clone()]);
+    let two = layout(&scratch.path().join("two"), &[base(0o700, b"two"), top]);
+    let one = store.import(&one, Some("one"), &NoProgress).expect("import");
+    let two = store.import(&two, Some("two"), &NoProgress).expect("import");
+    assert_eq!(one.layers[1].diff_id, two.layers[1].diff_id);
+    let mode = |image: &PreparedImage| {
+        let reader = Reader::open(fs::File::open(&image.layers[1].path).expect("blob")).expect("image");
+        let root = reader.root().expect("root");
+        reader
+            .lookup(&root, b"tmp")
+            .expect("readable")
+            .expect("there")
+            .metadata
+            .mode
+    };
+    assert_eq!((mode(&one), mode(&two)), (0o1777, 0o700));
+    assert_eq!(read(&one, 1, "linked").as_deref(), Some(&b"one"[..]));
+    assert_eq!(read(&two, 1, "linked").as_deref(), Some(&b"two"[..]));
+}
+
+#[test]
+fn the_same_input_makes_the_same_bytes() {
+    let members: Vec<Member> = (0..500)
+        .map(|index| Member::file(format!("f{index}"), vec![1; index * 37]))
+        .collect();
+    let blobs: BTreeSet<Vec<u8>> = (0..2)
+        .map(|_| {
+            let scratch = tempfile::tempdir().expect("scratch directory");
+            let store = Store::open(&scratch.path().join("store")).expect("store");
+            let source = layout(&scratch.path().join("layout"), std::slice::from_ref(&members));
+            let image = store.import(&source, Some("x"), &NoProgress).expect("import");
+            fs::read(&image.layers[0].path).expect("blob")
+        })
+        .collect();
+    assert_eq!(blobs.len(), 1);
+}
+
+#[test]
+fn images_are_found_by_name_id_and_beginning_of_an_id() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let store = Store::open(&scratch.path().join("store")).expect("store");
+    let source = layout(&scratch.path().join("layout"), &[vec![Member::file("a", b"")]]);
+    let image = store.import(&source, None, &NoProgress).expect("import");
+    assert_eq!(image.names, ["layout:latest"]);
+    assert_eq!(image.config.cmd, ["/bin/sh"]);
+    for name in [
+        "layout",
+        "layout:latest",
+        &image.id,
+        &image.id[..12],
+        &format!("sha256:{}", image.id),
+    ] {
+        assert_eq!(store.resolve(name).expect(name).id, image.id);
+    }
+    for name in ["other", "layout:other", "../layout", "", "abc"] {
+        assert!(
+            matches!(store.resolve(name), Err(Error::NotFound { .. })),
+            "{name}"
+        );
+    }
+    assert!(store.raw_config("layout").expect("config").contains("/bin/sh"));
+}
+
+#[test]
+fn names_move_and_images_go_with_their_last_one() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let store = Store::open(&scratch.path().join("store")).expect("store");
+    let one = layout(&scratch.path().join("one"), &[vec![Member::file("a", b"1")]]);
+    let two = layout(&scratch.path().join("two"), &[vec![Member::file("a", b"2")]]);
+    let one = store.import(&one, Some("app"), &NoProgress).expect("import");
+    store.tag("app", "app:1").expect("tag");
+    let two = store.import(&two, Some("app"), &NoProgress).expect("import");
+    assert_eq!(store.resolve("app").expect("there").id, two.id);
+    assert_eq!(store.resolve("app:1").expect("there").id, one.id);
+
+    let removed = store.remove("app:1").expect("remove");
+    assert_eq!(
+        (removed.untagged.as_slice(), removed.deleted.as_ref()),
+        (&["app:1".to_owned()][..], Some(&one.id))
+    );
+    assert!(!one.layers[0].path.exists() && two.layers[0].path.exists());
+    store.tag("app", "second").expect("tag");
+    let removed = store.remove(&two.id[..12]).expect("remove");
+    assert_eq!(removed.untagged, ["app:latest", "second:latest"]);
+    assert!(store.list().expect("list").is_empty());
+    assert!(!two.layers[0].path.exists());
+    assert!(matches!(store.remove("app"), Err(Error::NotFound { .. })));
+}
+
+#[test]
+fn prune_takes_what_has_no_name_and_spares_what_is_kept() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let store = Store::open(&scratch.path().join("store")).expect("store");
+    let ids: Vec<String> = ["1", "2", "3"]
+        .iter()
+        .map(|content| {
+            let source = layout(&scratch.path().join(content), &[vec![Member::file("a", content)]]);
+            store
+                .import(&source, Some("app"), &NoProgress)
+                .expect("import")
+                .id
+        })
+        .collect();
+    let pruned = store.prune(&ids[..1]).expect("prune");
+    assert_eq!((pruned.images, pruned.layers), (1, 1));
+    assert!(pruned.bytes >= 4096);
+    assert!(
+        store.resolve(&ids[0]).is_ok() && store.resolve(&ids[1]).is_err() && store.resolve(&ids[2]).is_ok()
+    );
+}
+
+#[test]
+fn what_a_killed_process_left_is_removed_by_the_next_one() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let root = scratch.path().join("store");
+    let store = Store::open(&root).expect("store");
+    let source = layout(&scratch.path().join("layout"), &[vec![Member::file("a", b"1")]]);
+    let image = store.import(&source, Some("app"), &NoProgress).expect("import");
+    let (half_made, orphan) = (
+        root.join("images/tmp/new-half"),
+        root.join("images/layers/sha256-00.erofs"),
+    );
+    fs::write(&half_made, b"half").expect("file");
+    fs::write(&orphan, b"no record").expect("file");
+    Store::open(&root).expect("store");
+    assert!(!half_made.exists() && !orphan.exists());
+    assert!(image.layers[0].path.exists());
+}
+
+#[test]
+fn a_damaged_layer_is_reported_and_made_again() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let store = Store::open(&scratch.path().join("store")).expect("store");
+    let source = layout(&scratch.path().join("layout"), &[vec![Member::file("a", b"1")]]);
+    let image = store.import(&source, Some("app"), &NoProgress).expect("import");
+    fs::remove_file(&image.layers[0].path).expect("blob");
+    assert!(matches!(store.resolve("app"), Err(Error::MissingLayer { .. })));
+    store.import(&source, Some("app"), &NoProgress).expect("import");
+    assert_eq!(read(&image, 0, "a").as_deref(), Some(&b"1"[..]));
+}
+
+#[test]
+fn many_importers_at_once_convert_a_layer_once() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let root = scratch.path().join("store");
+    let members: Vec<Member> = (0..300)
+        .map(|index| Member::file(format!("f{index}"), vec![3; 3000]))
+        .collect();
+    let source = layout(&scratch.path().join("layout"), &[members]);
+    let converted: usize = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..8)
+            .map(|index| {
+                let (root, source) = (&root, &source);
+                scope.spawn(move || {
+                    let outcomes = Outcomes::default();
+                    let store = Store::open(root).expect("store");
+                    store
+                        .import(source, Some(&format!("name-{index}")), &outcomes)
+                        .expect("import");
+                    outcomes
+                        .0
+                        .into_inner()
+                        .into_iter()
+                        .filter(|converted| *converted)
+                        .count()
+                })
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().expect("importer"))
+            .sum()
+    });
+    assert_eq!(converted, 1);
+    assert_eq!(
+        Store::open(&root).expect("store").list().expect("list")[0]
+            .names
+            .len(),
+        8
+    );
+}
+
+#[test]
+fn an_image_without_layers_is_an_image() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let store = Store::open(&scratch.path().join("store")).expect("store");
+    let image = store
+        .import(&layout(&scratch.path().join("layout"), &[]), None, &NoProgress)
+        .expect("import");
+    assert!(image.layers.is_empty());
+    assert_eq!(image.root.mode, 0o755);
+}
+
+#[test]
+fn a_layer_that_hides_everything_below_replaces_it() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let store = Store::open(&scratch.path().join("store")).expect("store");
+    let layers = [
+        vec![Member::dir("./").mode(0o700), Member::file("below", b"")],
+        vec![Member::file(".wh..wh..opq", b""), Member::file("above", b"")],
+    ];
+    let image = store
+        .import(
+            &layout(&scratch.path().join("layout"), &layers),
+            None,
+            &NoProgress,
+        )
+        .expect("import");
+    assert_eq!(image.layers.len(), 1);
+    assert!(read(&image, 0, "above").is_some() && read(&image, 0, "below").is_none());
+    assert_eq!(image.root.mode, 0o700);
+}
+
+#[test]
+fn archives_of_either_kind_give_the_same_layers() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let store = Store::open(&scratch.path().join("store")).expect("store");
+    let tar = archive(&[Member::dir("d"), Member::file("d/f", vec![5; 70_000])]);
+    let mut plain = Layout::new(&scratch.path().join("plain"));
+    plain.layer(&tar).write();
+    let config = plain.manifest()["config"]["digest"].as_str().expect("digest")[7..].to_owned();
+    let config_bytes = fs::read(plain.dir.join("blobs/sha256").join(&config)).expect("config");
+
+    let mut members = vec![Member::dir("blobs"), Member::dir("blobs/sha256")];
+    for file in ["index.json", "oci-layout"] {
+        members.push(Member::file(file, fs::read(plain.dir.join(file)).expect("file")));
+    }
+    for entry in fs::read_dir(plain.dir.join("blobs/sha256")).expect("blobs") {
+        let path = entry.expect("entry").path();
+        let name = path.file_name().expect("name").to_string_lossy().into_owned();
+        members.push(Member::file(
+            format!("./blobs/sha256/{name}"),
+            fs::read(path).expect("blob"),
+        ));
+    }
+    let oci = scratch.path().join("oci.tar");
+    fs::write(&oci, archive(&members)).expect("archive");
+    let compressed = scratch.path().join("oci.tar.gz");
+    fs::write(&compressed, gzip(&archive(&members))).expect("archive");
+
+    // `docker save` before version 25 linked equal layers to each other.
+    let manifest = serde_json::json!([{
+        "Config": format!("{config}.json"), "RepoTags": ["example.test/app:2"], "Layers": ["two/layer.tar"],
+    }]);
+    let docker = scratch.path().join("docker.tar");
+    let members = [
+        Member::dir("one"),
+        Member::file("one/layer.tar", &tar),
+        Member::dir("two"),
+        Member::symlink("two/layer.tar", "../one/layer.tar"),
+        Member::file(format!("{config}.json"), config_bytes),
+        Member::file("manifest.json", manifest.to_string()),
+    ];
+    fs::write(&docker, archive(&members)).expect("archive");
+
+    let mut seen = BTreeSet::new();
+    let mut names = Vec::new();
+    for text in [
+        format!("oci:{}", plain.dir.display()),
+        format!("{}", oci.display()),
+        format!("oci-archive:{}:latest", compressed.display()),
+        format!("docker-archive:{}", docker.display()),
+        format!("docker-archive:{}:example.test/app:2", docker.display()),
+    ] {
+        let source = ImageSource::parse(&text).unwrap_or_else(|error| panic!("{text}: {error}"));
+        let image = store
+            .import(&source, None, &NoProgress)
+            .unwrap_or_else(|error| panic!("{text}: {error:?}"));
+        seen.insert((
+            image.id,
+            image.layers[0].path.clone(),
+            image.layers[0].diff_id.clone(),
+        ));
+        names.push(image.names);
+    }
+    assert_eq!(seen.len(), 1, "{seen:?}");
+    assert!(names[4].contains(&"example.test/app:2".to_owned()), "{names:?}");
+    assert_eq!(seen.first().expect("one").2, sha256(&tar));
+    let missing =
+        ImageSource::parse(&format!("docker-archive:{}:other:1", docker.display())).expect("source");
+    assert!(store.import(&missing, None, &NoProgress).is_err());
+}
+
+#[test]
+fn a_store_that_cannot_be_written_to_says_which_path() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let file = scratch.path().join("file");
+    fs::write(&file, b"").expect("file");
+    match Store::open(&file.join("below")) {
+        Err(Error::Store { path, .. }) => assert!(path.starts_with(&file)),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// What GNU tar makes of sparse files, in each of its encodings.
+#[test]
+fn sparse_files_of_gnu_tar_survive() {
+    if !support::has("tar") {
+        return;
+    }
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let input = scratch.path().join("input");
+    fs::create_dir(&input).expect("directory");
+    let file = fs::File::create(input.join("sparse")).expect("file");
+    let size: u64 = (5 << 30) + 12_345;
+    file.set_len(size).expect("length");
+    // Enough runs for the old format's map to go on in further blocks.
+    let runs: Vec<u64> = (0..60).map(|index| index * 80_000_000 + 4096).collect();
+    for at in &runs {
+        std::os::unix::fs::FileExt::write_all_at(&file, format!("run at {at}").as_bytes(), *at)
+            .expect("write");
+    }
+    drop(file);
+    for format in [
+        &["--format=gnu"][..],
+        &["--format=pax", "--sparse-version=0.0"],
+        &["--format=pax", "--sparse-version=0.1"],
+        &["--format=pax", "--sparse-version=1.0"],
+    ] {
+        let path = scratch.path().join("sparse.tar");
+        support::run(
+            Command::new("tar")
+                .arg("-C")
+                .arg(&input)
+                .args(["--sparse", "-cf"])
+                .arg(&path)
+                .args(format)
+                .arg("."),
+        );
+        let tar = fs::read(&path).expect("archive");
+        assert!(tar.len() < 10 << 20, "{format:?}: tar didn't find the holes");
+        let mut layout = Layout::new(&scratch.path().join("layout"));
+        layout.layer(&tar).write();
+        let store = Store::open(&scratch.path().join("store")).expect("store");
+        let source = ImageSource::OciLayout {
+            dir: layout.dir.clone(),
+            tag: None,
+        };
+        let image = store
+            .import(&source, None, &NoProgress)
+            .unwrap_or_else(|error| panic!("{format:?}: {error:?}"));
+        assert!(
+            image.layers[0].size_bytes < 64 << 20,
+            "{format:?}: holes take {} bytes",
+            image.layers[0].size_bytes
+        );
+        let reader = Reader::open(fs::File::open(&image.layers[0].path).expect("blob")).expect("image");
+        let root = reader.root().expect("root");
+        let stat = reader.lookup(&root, b"sparse").expect("readable").expect("there");
+        assert_eq!(stat.size, size, "{format:?}");
+        for at in &runs {
+            let expected = format!("run at {at}");
+            let mut data = reader.data(&stat);
+            data.seek_to(*at - 8);
+            let mut found = vec![1; expected.len() + 16];
+            std::io::Read::read_exact(&mut data, &mut found).expect("readable");
+            assert_eq!(
+                found,
+                [&[0; 8], expected.as_bytes(), &[0; 8]].concat(),
+                "{format:?}"
+            );
+        }
+        store.remove("layout").expect("remove");
+    }
+}
