@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! target/release/hull, hull-vmm       the programs
-//! target/release/hull-agent.erofs     the microVM's root: the static agent and empty mount points
+//! target/release/agent-root.erofs     the microVM's root: the static agent and empty mount points
 //! target/release/vmlinux              link into the guest kernel's cache
 //! ```
 
@@ -73,7 +73,7 @@ pub fn build_all() -> Result<Artifacts> {
             .env("RUSTFLAGS", "-C target-feature=+crt-static"),
     )?;
     let products = target_dir().join("release");
-    let agent_image = products.join("hull-agent.erofs");
+    let agent_image = products.join("agent-root.erofs");
     let agent = target_dir().join(AGENT_TARGET).join("release/hull-agent");
     agent_root(&agent, &agent_image)?;
     let kernel_link = products.join("vmlinux");
