@@ -5,7 +5,7 @@
 
 use std::{
     fmt::Display,
-    io,
+    io::{self, Write},
     os::{
         fd::RawFd,
         unix::net::{UnixListener, UnixStream},
@@ -192,7 +192,9 @@ fn run_standalone(
     driver.start().map_err(|error| failed(&error))?;
     let reason = driver.run().map_err(|error| failed(&error))?;
     if boot_timer {
-        eprintln!("{}", standalone_report(&driver.metrics()));
+        // One write, so that the line stays whole among others.
+        let line = format!("{}\n", standalone_report(&driver.metrics()));
+        let _ = io::stderr().write_all(line.as_bytes());
     }
     Ok(reason)
 }

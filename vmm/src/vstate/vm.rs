@@ -56,23 +56,28 @@ impl Vm {
     /// # Errors
     /// [`VmError`].
     pub fn new(host: &KvmHost, ram: Arc<GuestRam>) -> Result<Self, VmError> {
-        let fd = create(host)?;
+        let vm = Self {
+            fd: create(host)?,
+            ram,
+        };
+        // Memory first: once the interrupt controllers exist, every change of the slots waits for a grace period of several
+        // milliseconds.
+        vm.register_memory(host)?;
         // Only processors that can't run real mode natively need these; a backend may refuse them.
-        if let Err(error) = fd.set_identity_map_address(IDENTITY_MAP_ADDRESS) {
+        if let Err(error) = vm.fd.set_identity_map_address(IDENTITY_MAP_ADDRESS) {
             tracing::debug!(%error, "no identity map page");
         }
-        if let Err(error) = fd.set_tss_address(TSS_ADDRESS) {
+        if let Err(error) = vm.fd.set_tss_address(TSS_ADDRESS) {
             tracing::debug!(%error, "no TSS pages");
         }
-        fd.create_irq_chip()
+        vm.fd
+            .create_irq_chip()
             .map_err(kvm_error("create the interrupt controllers"))?;
         let pit = kvm_pit_config {
             flags: KVM_PIT_SPEAKER_DUMMY,
             ..Default::default()
         };
-        fd.create_pit2(pit).map_err(kvm_error("create the timer"))?;
-        let vm = Self { fd, ram };
-        vm.register_memory(host)?;
+        vm.fd.create_pit2(pit).map_err(kvm_error("create the timer"))?;
         Ok(vm)
     }
 
