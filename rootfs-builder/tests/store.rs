@@ -462,3 +462,33 @@ fn sparse_files_of_gnu_tar_survive() {
         store.remove("layout").expect("remove");
     }
 }
+
+#[test]
+fn images_of_many_layers_need_few_mounts() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let store = Store::open(&scratch.path().join("store")).expect("store");
+    let layers: Vec<Vec<Member>> = (0..100)
+        .map(|layer| {
+            let size = if layer == 0 { 500_000 } else { 10 };
+            vec![
+                Member::dir("d"),
+                Member::file(format!("d/{layer}"), vec![1; size]),
+                Member::file("d/last", layer.to_string()),
+            ]
+        })
+        .collect();
+    let source = layout(&scratch.path().join("layout"), &layers);
+    let image = store.import(&source, Some("many"), &NoProgress).expect("import");
+    assert_eq!(image.layers.len(), 12);
+    // The big layer at the bottom stays what other images share.
+    assert!(image.layers[0].size_bytes > 500_000);
+    assert_eq!(read(&image, 11, "d/last").as_deref(), Some(&b"99"[..]));
+    let again = Outcomes::default();
+    store.import(&source, Some("many"), &again).expect("import");
+    assert_eq!(*again.0.borrow(), [false; 100]);
+    // The single layers that were merged are not needed any more.
+    let pruned = store.prune(&[]).expect("prune");
+    assert_eq!(pruned.layers, 89);
+    assert_eq!(store.resolve("many").expect("still there").layers, image.layers);
+    store.import(&source, Some("many"), &NoProgress).expect("import");
+}

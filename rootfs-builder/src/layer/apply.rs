@@ -13,13 +13,12 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use super::lower::{Lower, OPAQUE_XATTR};
+use super::copy;
+use super::lower::Lower;
 use super::path::{components, shown};
 use super::{Conversion, LayerError, RootMetadata};
-use crate::erofs::format::split_xattr_name;
 use crate::erofs::{
-    DataWriter, Directory, FileKind, InodeId, Metadata, Node, Reader, Stat, Timestamp, Tree, finish,
-    symlink_node,
+    DataWriter, Directory, FileKind, InodeId, Metadata, Node, Timestamp, Tree, finish, symlink_node,
 };
 use crate::limits::Limits;
 use crate::tar::{Entry, EntryKind};
@@ -122,7 +121,7 @@ impl<'a> Applier<'a> {
 
     /// Write everything that isn't written yet.
     pub fn finish(mut self, uuid: [u8; 16], archive_bytes: u64) -> Result<Conversion, LayerError> {
-        let hides_lower = self.seal_opaque_directories();
+        let hides_lower = copy::seal_opaque_directories(&mut self.tree);
         let metadata = &self.tree.inode(Tree::ROOT).metadata;
         let root = RootMetadata {
             mode: metadata.mode,
@@ -361,35 +360,10 @@ impl<'a> Applier<'a> {
         let Some(found) = lower.find(&path)? else {
             return Ok(None);
         };
-        let node = match found.stat.kind {
-            FileKind::Directory => Node::Directory(Directory::default()),
-            FileKind::Regular => self.copy_data(found.reader, &found.stat)?,
-            FileKind::Symlink => symlink_node(&mut self.data, &found.reader.link_target(&found.stat)?)?,
-            FileKind::CharDevice { major, minor } => Node::device(true, major, minor).unwrap_or(Node::Fifo),
-            FileKind::BlockDevice { major, minor } => Node::device(false, major, minor).unwrap_or(Node::Fifo),
-            FileKind::Fifo => Node::Fifo,
-            FileKind::Socket => Node::Socket,
-        };
-        let id = self.tree.add(from_below(&found.stat), node)?;
+        let node = copy::node(found.reader, &found.stat, &mut self.data)?;
+        let id = self.tree.add(copy::metadata(&found.stat), node)?;
         self.tree.link(place.id, name, id)?;
         Ok(Some(id))
-    }
-
-    fn copy_data(&mut self, reader: &Reader, stat: &Stat) -> Result<Node, LayerError> {
-        let mut source = reader.data(stat);
-        let mut file = self.data.file(stat.size);
-        let mut position = 0;
-        while position < stat.size {
-            let (is_hole, len) = reader.run_at(stat, position)?;
-            if is_hole {
-                file.hole(len)?;
-            } else {
-                source.seek_to(position);
-                file.data(&mut source, len)?;
-            }
-            position += len;
-        }
-        Ok(Node::Regular(file.finish()?))
     }
 
     /// The directory an entry goes to, made if need be. `path` is the entry's, for errors.
@@ -512,7 +486,7 @@ impl<'a> Applier<'a> {
             }),
             Some(found) => match found.stat.kind {
                 FileKind::Directory => Ok(Step::Make {
-                    metadata: from_below(&found.stat),
+                    metadata: copy::metadata(&found.stat),
                     opaque: false,
                     is_below: true,
                 }),
@@ -552,48 +526,12 @@ impl<'a> Applier<'a> {
         }
         false
     }
-
-    /// Mark what must not merge with the layers below; says whether the root is such a directory.
-    fn seal_opaque_directories(&mut self) -> bool {
-        let mut todo = vec![Tree::ROOT];
-        while let Some(id) = todo.pop() {
-            let Some(directory) = self.tree.directory(id) else {
-                continue;
-            };
-            let opaque = directory.opaque;
-            let children: Vec<(Box<[u8]>, InodeId)> = directory
-                .entries
-                .iter()
-                .map(|(name, child)| (name.clone(), *child))
-                .collect();
-            for (name, child) in children {
-                match &self.tree.inode(child).node {
-                    Node::Directory(_) => todo.push(child),
-                    // Nothing is left to hide, so the mark itself would show.
-                    Node::Whiteout if opaque => {
-                        if let Some(directory) = self.tree.directory_mut(id) {
-                            directory.entries.remove(&name);
-                        }
-                    }
-                    _ => {}
-                }
-            }
-            if opaque {
-                self.tree
-                    .inode_mut(id)
-                    .metadata
-                    .xattrs
-                    .insert(OPAQUE_XATTR.into(), (*b"y").into());
-            }
-        }
-        self.tree.directory(Tree::ROOT).is_some_and(|root| root.opaque)
-    }
 }
 
 /// An entry's metadata without what cannot or must not be kept: attributes of namespaces EROFS doesn't have, and those by
 /// which overlayfs marks its own files.
 fn metadata_of(entry: &Entry) -> Metadata {
-    let xattrs = entry.xattrs.iter().filter(|(name, _)| is_kept(name));
+    let xattrs = entry.xattrs.iter().filter(|(name, _)| copy::is_kept(name));
     Metadata {
         mode: entry.mode,
         uid: entry.uid,
@@ -603,15 +541,4 @@ fn metadata_of(entry: &Entry) -> Metadata {
             .map(|(name, value)| (name.as_slice().into(), value.as_slice().into()))
             .collect(),
     }
-}
-
-/// The metadata of a file that is brought up from a layer below.
-fn from_below(stat: &Stat) -> Metadata {
-    let mut metadata = stat.metadata.clone();
-    metadata.xattrs.retain(|name, _| is_kept(name));
-    metadata
-}
-
-fn is_kept(name: &[u8]) -> bool {
-    !name.starts_with(b"trusted.overlay.") && split_xattr_name(name).is_some()
 }

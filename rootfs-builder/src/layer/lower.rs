@@ -78,7 +78,7 @@ fn is_whiteout(stat: &Stat) -> bool {
     stat.kind == FileKind::CharDevice { major: 0, minor: 0 }
 }
 
-fn is_opaque(stat: &Stat) -> bool {
+pub(super) fn is_opaque(stat: &Stat) -> bool {
     stat.metadata
         .xattrs
         .get(OPAQUE_XATTR)

@@ -11,8 +11,10 @@
 //! to be asked.
 
 mod apply;
+mod copy;
 pub(crate) mod decode;
 mod lower;
+mod merge;
 mod path;
 
 use std::fs::File;
@@ -23,6 +25,7 @@ use apply::Applier;
 use decode::Decoder;
 pub use decode::Expected;
 pub use lower::Lower;
+pub use merge::merge;
 
 use crate::digest::Digest;
 use crate::erofs::{DataWriter, ErofsError, Timestamp};

@@ -17,6 +17,7 @@
 
 mod convert;
 mod files;
+mod mounts;
 mod name;
 mod record;
 
@@ -33,7 +34,7 @@ pub use record::{ImageSummary, LayerBlob, PreparedImage};
 use crate::image::{ImageError, ImageSource};
 use crate::layer::LayerError;
 use crate::limits::Limits;
-use crate::progress::{Progress, ProgressEvent};
+use crate::progress::{LayerOutcome, Progress, ProgressEvent};
 
 /// Why the store can't do what it was asked to.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +82,7 @@ pub struct Pruned {
 pub struct Store {
     directories: Directories,
     limits: Limits,
+    mounts_max: usize,
 }
 
 impl Store {
@@ -96,6 +98,7 @@ impl Store {
         Ok(Self {
             directories,
             limits: Limits::default(),
+            mounts_max: mounts::MOUNTS_MAX,
         })
     }
 
@@ -103,6 +106,13 @@ impl Store {
     #[must_use]
     pub const fn with_limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
+        self
+    }
+
+    /// Merge layers of images that have more of them than `max`, which is at least 1.
+    #[must_use]
+    pub const fn with_mounts_max(mut self, max: usize) -> Self {
+        self.mounts_max = if max == 0 { 1 } else { max };
         self
     }
 
@@ -141,8 +151,14 @@ impl Store {
             layers: image.layers.len(),
             bytes,
         });
+        if let Some(known) = self.known(image.id.hex(), progress)? {
+            self.set_name(&name, &known.id)?;
+            progress.event(ProgressEvent::ImageFinished);
+            return self.prepare(&known);
+        }
         let layers = convert::layers(&self.directories, self.limits, &image, progress)?;
-        let record = ImageRecord::new(&image, layers);
+        let (mounts, root) = mounts::choose(&self.directories, &layers, self.mounts_max)?;
+        let record = ImageRecord::new(&image, layers, mounts, root);
         self.directories
             .write_json(&self.directories.image(&record.id), &record)?;
         self.set_name(&name, &record.id)?;
@@ -186,7 +202,7 @@ impl Store {
             images.push(ImageSummary {
                 names: own,
                 created: record.config.created.clone(),
-                size_bytes: record.layers.iter().map(|layer| layer.size_bytes).sum(),
+                size_bytes: record.mounts().iter().map(|layer| layer.size_bytes).sum(),
                 layers: record.layers.len(),
                 imported_at: record.imported_at,
                 id: record.id,
@@ -268,8 +284,13 @@ impl Store {
         let used: BTreeSet<String> = self
             .records()?
             .into_iter()
-            .flat_map(|record| record.layers)
-            .map(|layer| layer.key)
+            .flat_map(|record| {
+                record
+                    .mounts()
+                    .iter()
+                    .map(|layer| layer.key.clone())
+                    .collect::<Vec<_>>()
+            })
             .collect();
         let (mut layers, mut bytes) = (0, 0);
         for key in self.directories.layer_keys()? {
@@ -284,6 +305,31 @@ impl Store {
             layers += 1;
         }
         Ok((layers, bytes))
+    }
+
+    /// An image that is here already, with all it needs.
+    fn known(&self, id: &str, progress: &dyn Progress) -> Result<Option<ImageRecord>, Error> {
+        let Ok(Some(record)) = self
+            .directories
+            .read_json::<ImageRecord>(&self.directories.image(id))
+        else {
+            return Ok(None);
+        };
+        if record.mounts().len() > self.mounts_max || self.prepare(&record).is_err() {
+            return Ok(None);
+        }
+        for (index, layer) in record.layers.iter().enumerate() {
+            let outcome = LayerOutcome::AlreadyPresent {
+                size_bytes: layer.size_bytes,
+            };
+            let digest = layer.digest.to_string();
+            progress.event(ProgressEvent::LayerFinished {
+                index,
+                digest: &digest,
+                outcome,
+            });
+        }
+        Ok(Some(record))
     }
 
     fn set_name(&self, name: &ImageName, id: &str) -> Result<(), Error> {
@@ -357,7 +403,7 @@ impl Store {
             root: crate::layer::RootMetadata::default(),
             layers: Vec::new(),
         };
-        for layer in &record.layers {
+        for layer in record.mounts() {
             let known = self.directories.layer(&layer.key)?;
             let missing = || Error::MissingLayer {
                 image: record.id.clone(),
@@ -373,7 +419,7 @@ impl Store {
                 // overlayfs merges all layers' roots whatever they are marked with: what is hidden must not be there.
                 image.layers.clear();
             }
-            image.root = root.unwrap_or(image.root);
+            image.root = record.root.or(root).unwrap_or(image.root);
             image.layers.push(LayerBlob {
                 digest: layer.digest.to_string(),
                 diff_id: layer.diff_id.to_string(),

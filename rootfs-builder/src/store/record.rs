@@ -50,8 +50,14 @@ pub(super) struct ImageRecord {
     pub manifest_digest: String,
     pub config: ImageConfig,
     pub raw_config: String,
-    /// Bottom one first.
+    /// All layers of the image, bottom one first.
     pub layers: Vec<ImageLayer>,
+    /// What is mounted, if it isn't exactly these.
+    #[serde(default)]
+    pub mounts: Option<Vec<ImageLayer>>,
+    /// The root's metadata: the uppermost layer's that has some.
+    #[serde(default)]
+    pub root: Option<RootMetadata>,
     /// Seconds since 1970.
     pub imported_at: u64,
 }
@@ -66,7 +72,12 @@ pub(super) struct ImageLayer {
 }
 
 impl ImageRecord {
-    pub fn new(image: &OpenImage, layers: Vec<ImageLayer>) -> Self {
+    pub fn new(
+        image: &OpenImage,
+        layers: Vec<ImageLayer>,
+        mounts: Option<Vec<ImageLayer>>,
+        root: Option<RootMetadata>,
+    ) -> Self {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| since.as_secs());
@@ -81,8 +92,15 @@ impl ImageRecord {
             config: image.config.clone(),
             raw_config: image.raw_config.clone(),
             layers,
+            mounts,
+            root,
             imported_at: now,
         }
+    }
+
+    /// The layers a container needs.
+    pub fn mounts(&self) -> &[ImageLayer] {
+        self.mounts.as_deref().unwrap_or(&self.layers)
     }
 }
 
@@ -97,7 +115,7 @@ pub struct PreparedImage {
     pub config: ImageConfig,
     /// The root directory's metadata: overlayfs shows that of its upper directory, so it must be given to that.
     pub root: RootMetadata,
-    /// Bottom one first. None at all is possible.
+    /// What to mount, bottom one first: the image's layers, some of them merged if they are many. None at all is possible.
     pub layers: Vec<LayerBlob>,
 }
 
