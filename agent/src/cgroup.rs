@@ -9,7 +9,7 @@ use std::{
 use agent_protocol::{Resources, StatsResponse};
 use nix::errno::Errno;
 
-use crate::{error::AgentError, init::CGROUP_DIR};
+use crate::{error::AgentError, init};
 
 /// A control group of version 2. Dropping it removes it, which works once it is empty.
 #[derive(Debug)]
@@ -24,7 +24,11 @@ fn io_errno(error: &std::io::Error) -> Errno {
 impl Cgroup {
     /// Creates the group of a container and sets its limits.
     pub fn create(container_id: &str, resources: &Resources) -> Result<Self, AgentError> {
-        let dir = Path::new(CGROUP_DIR).join(format!("container-{container_id}"));
+        let dir = Path::new(init::CGROUP_DIR).join(format!("container-{container_id}"));
+        if resources.memory_max_bytes != 0 {
+            init::enable_controller("memory")
+                .map_err(|error| AgentError::setup("enabling the memory controller")(io_errno(&error)))?;
+        }
         fs::create_dir(&dir)
             .map_err(|error| AgentError::setup("creating the control group")(io_errno(&error)))?;
         let this = Self { dir };
@@ -60,9 +64,16 @@ impl Cgroup {
         fs::write(self.dir.join("cgroup.kill"), "1").map_err(|error| io_errno(&error))
     }
 
-    /// How often the kernel killed something in it for want of memory.
+    /// How often the kernel killed something for want of memory: in it if it has a limit of its own, else in
+    /// the microVM, which is the container's.
     pub fn oom_kills(&self) -> u64 {
-        keyed(&self.read("memory.events"), "oom_kill")
+        match fs::read_to_string(self.dir.join("memory.events")) {
+            Ok(events) => keyed(&events, "oom_kill"),
+            Err(_) => keyed(
+                &fs::read_to_string("/proc/vmstat").unwrap_or_default(),
+                "oom_kill",
+            ),
+        }
     }
 
     fn read(&self, file: &str) -> String {
@@ -73,32 +84,62 @@ impl Cgroup {
         self.read(file).trim().parse().unwrap_or(0)
     }
 
-    /// The statistics, as the guest's kernel counts them.
+    /// The statistics, as the guest's kernel counts them; of the whole microVM where the group has no controller.
     pub fn stats(&self) -> StatsResponse {
-        let (cpu, memory, io) = (
-            self.read("cpu.stat"),
-            self.read("memory.stat"),
-            self.read("io.stat"),
-        );
+        let (cpu, memory) = (self.read("cpu.stat"), self.read("memory.stat"));
         let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let kib = |key: &str| keyed(&meminfo, key).saturating_mul(1024);
+        let (total, available) = (kib("MemTotal:"), kib("MemAvailable:"));
+        let own = !memory.is_empty();
+        let disks = fs::read_to_string("/proc/diskstats").unwrap_or_default();
+        let (read, written) = disk_sectors(&disks);
         StatsResponse {
             cpu_usage_us: keyed(&cpu, "usage_usec"),
             cpu_user_us: keyed(&cpu, "user_usec"),
             cpu_system_us: keyed(&cpu, "system_usec"),
-            memory_current_bytes: self.number("memory.current"),
+            memory_current_bytes: if own {
+                self.number("memory.current")
+            } else {
+                total.saturating_sub(available)
+            },
             memory_peak_bytes: self.number("memory.peak"),
-            memory_file_bytes: keyed(&memory, "file"),
-            memory_anon_bytes: keyed(&memory, "anon"),
+            memory_file_bytes: if own {
+                keyed(&memory, "file")
+            } else {
+                kib("Cached:")
+            },
+            memory_anon_bytes: if own {
+                keyed(&memory, "anon")
+            } else {
+                kib("AnonPages:")
+            },
             oom_kills: self.oom_kills(),
             pids_current: self.number("pids.current"),
-            io_read_bytes: summed(&io, "rbytes="),
-            io_write_bytes: summed(&io, "wbytes="),
-            guest_memory_total_bytes: kib("MemTotal:"),
-            guest_memory_available_bytes: kib("MemAvailable:"),
+            io_read_bytes: read.saturating_mul(SECTOR_BYTES),
+            io_write_bytes: written.saturating_mul(SECTOR_BYTES),
+            guest_memory_total_bytes: total,
+            guest_memory_available_bytes: available,
             ..StatsResponse::default()
         }
     }
+}
+
+/// Unit of /proc/diskstats.
+const SECTOR_BYTES: u64 = 512;
+
+/// Sectors read and written on all of the microVM's disks, which are one container's.
+fn disk_sectors(diskstats: &str) -> (u64, u64) {
+    let mut sums = (0_u64, 0_u64);
+    for line in diskstats.lines() {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        if let [_, _, name, _, _, read, _, _, _, written, ..] = fields[..]
+            && name.starts_with("vd")
+        {
+            sums.0 = sums.0.saturating_add(read.parse().unwrap_or(0));
+            sums.1 = sums.1.saturating_add(written.parse().unwrap_or(0));
+        }
+    }
+    sums
 }
 
 impl Drop for Cgroup {
@@ -120,13 +161,6 @@ fn keyed(text: &str, key: &str) -> u64 {
         .unwrap_or(0)
 }
 
-/// The sum of all words that begin with `prefix`.
-fn summed(text: &str, prefix: &str) -> u64 {
-    text.split_whitespace()
-        .filter_map(|word| word.strip_prefix(prefix)?.parse::<u64>().ok())
-        .fold(0, u64::saturating_add)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -139,10 +173,8 @@ mod tests {
     }
 
     #[test]
-    fn io_of_all_disks_is_summed() {
-        assert_eq!(
-            summed("254:0 rbytes=10 wbytes=1\n254:16 rbytes=5 wbytes=0\n", "rbytes="),
-            15
-        );
+    fn io_of_all_disks_is_summed_and_of_nothing_else() {
+        let text = " 254 0 vda 5 0 40 1 2 0 8 1 0 1 1\n 254 16 vdb 1 0 2 0 0 0 1 0 0 0 0\n 7 0 loop0 9 9 9 9 9 9 9 9 9 9 9\n";
+        assert_eq!(disk_sectors(text), (42, 9));
     }
 }

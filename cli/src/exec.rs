@@ -34,10 +34,10 @@ pub struct Exec {
 }
 
 /// 126 and 127 as for `run`; everything else is 1.
-pub fn failure_code(error: &SandboxError) -> u8 {
-    match error.exit_code() {
-        125 => 1,
-        code => code,
+pub fn failure_code(error: Option<&SandboxError>) -> u8 {
+    match error.map(SandboxError::exit_code) {
+        None | Some(125) => 1,
+        Some(code) => code,
     }
 }
 

@@ -7,7 +7,7 @@ use crate::import;
 
 /// Opens the image store.
 pub fn open_store(directories: &Directories) -> anyhow::Result<Store> {
-    Ok(Store::open(&directories.root).map_err(sandbox::SandboxError::Image)?)
+    Ok(Store::open(&directories.root)?)
 }
 
 /// Finds an image in the store; imports it first if the name says where it is.
@@ -17,11 +17,10 @@ pub fn find_or_import(directories: &Directories, name: &str) -> anyhow::Result<P
         return import::import(&store, &source, None);
     }
     store.resolve(name).map_err(|error| match error {
-        rootfs_builder::Error::NotFound { .. } => anyhow::Error::from(sandbox::SandboxError::Image(error))
-            .context(format!(
-                "unable to find image {name:?}; `hull images` lists what there is, `hull import oci:DIR:TAG {name}` adds one"
-            )),
-        error => sandbox::SandboxError::Image(error).into(),
+        rootfs_builder::Error::NotFound { .. } => anyhow::anyhow!(
+            "unable to find image {name:?}; `hull images` lists what there is, `hull import oci:DIR:TAG {name}` adds one"
+        ),
+        error => error.into(),
     })
 }
 

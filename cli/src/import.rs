@@ -69,9 +69,7 @@ pub fn import(store: &Store, source: &ImageSource, name: Option<&str>) -> anyhow
         current: RefCell::new(None),
         shown: std::io::stderr().is_terminal(),
     };
-    Ok(store
-        .import(source, name, &bars)
-        .map_err(sandbox::SandboxError::Image)?)
+    Ok(store.import(source, name, &bars)?)
 }
 
 impl Import {

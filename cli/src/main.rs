@@ -57,6 +57,9 @@ enum Verb {
     Version(version::Version),
 }
 
+/// What a verb came to, and the exit code its failures have.
+type Finished = (anyhow::Result<u8>, fn(Option<&SandboxError>) -> u8);
+
 /// Bad arguments and everything else that is ours.
 const OURS: u8 = 125;
 
@@ -78,8 +81,8 @@ fn main() -> ExitCode {
             return ExitCode::from(if asked { 0 } else { OURS });
         }
     };
-    let (result, failure): (anyhow::Result<u8>, fn(&SandboxError) -> u8) = match arguments.verb {
-        Verb::Run(run) => (run.execute(started), SandboxError::exit_code),
+    let (result, failure): Finished = match arguments.verb {
+        Verb::Run(run) => (run.execute(started), run::failure_code),
         Verb::Exec(exec) => (exec.execute(), exec::failure_code),
         Verb::Ps(ps) => (ps.execute(), |_| 1),
         Verb::Stats(stats) => (stats.execute(), |_| 1),
@@ -96,7 +99,7 @@ fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             drop(writeln!(std::io::stderr(), "hull: {error:#}"));
-            ExitCode::from(error.downcast_ref::<SandboxError>().map_or(OURS, failure))
+            ExitCode::from(failure(error.downcast_ref()))
         }
     }
 }

@@ -153,6 +153,11 @@ fn parse_tmpfs(text: &str) -> Result<(String, Vec<String>), SandboxError> {
     ))
 }
 
+/// Whatever goes wrong before the command runs and isn't the command's fault is 125.
+pub fn failure_code(error: Option<&SandboxError>) -> u8 {
+    error.map_or(125, SandboxError::exit_code)
+}
+
 impl Run {
     /// Runs it; the exit code is the command's.
     pub fn execute(self, started: Instant) -> anyhow::Result<u8> {

@@ -28,11 +28,7 @@ impl RawMode {
 impl Drop for RawMode {
     fn drop(&mut self) {
         // Nothing can be done where this fails, which it does only when the terminal is gone.
-        let _ = tcsetattr(
-            rustix::stdio::stdin(),
-            OptionalActions::Drain,
-            &self.before,
-        );
+        let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Drain, &self.before);
     }
 }
 

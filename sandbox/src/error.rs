@@ -148,9 +148,6 @@ pub enum SandboxError {
         /// The signal's number.
         signal: i32,
     },
-    /// The image can't be used.
-    #[error(transparent)]
-    Image(#[from] rootfs_builder::Error),
     /// A state file can't be understood.
     #[error("state file {} is damaged", path.display())]
     DamagedState {
