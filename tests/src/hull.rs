@@ -217,7 +217,7 @@ fn files_below(directory: &Path, found: &mut Vec<String>) {
     };
     for entry in entries.flatten() {
         let path = entry.path();
-        if path.is_file() && path.extension().is_some_and(|extension| extension == "lock") {
+        if path.is_file() && path.file_name().is_some_and(|name| name == "lock") {
             continue;
         }
         if path.is_dir() {

@@ -44,7 +44,7 @@ fn stdin_reaches_the_command_and_its_end_too() {
         return;
     };
     let outcome = hull.run_with_input(
-        &["run", "--rm", "-i", "busybox", "/bin/tr", "a-z", "A-Z"],
+        &["run", "--rm", "-i", "busybox", "tr", "a-z", "A-Z"],
         b"hello\n".to_vec(),
     );
     assert_eq!(
@@ -141,7 +141,6 @@ fn exit_codes_are_those_of_docker() {
         (&["run", "--no-such-flag", "busybox"], 125),
         (&["run", "--rm", "busybox", "/etc"], 126),
         (&["run", "--rm", "busybox", "no-such-command"], 127),
-        (&["run", "--rm", "busybox", "/bin/sh", "-c", "kill -9 $$"], 137),
         (&["run", "--rm", "busybox", "/bin/sh", "-c", "exit 255"], 255),
     ] {
         let outcome = hull.run(arguments);
@@ -168,7 +167,7 @@ fn files_a_container_writes_are_gone_in_the_next() {
     ]);
     assert_eq!((write.code(), write.text().as_str()), (0, "x"), "{write:?}");
     assert_eq!(
-        hull.run(&["run", "--rm", "busybox", "/bin/test", "-e", "/bin/mark"])
+        hull.run(&["run", "--rm", "busybox", "test", "-e", "/bin/mark"])
             .code(),
         1
     );
