@@ -119,6 +119,7 @@ static int run_check(const struct check *check)
 	char text[512] = "";
 	ssize_t length;
 	pid_t child;
+	double begin = now_ns();
 
 	if (pipe(ends))
 		return 1;
@@ -145,7 +146,7 @@ static int run_check(const struct check *check)
 	text[length > 0 ? length : 0] = 0;
 	close(ends[0]);
 	if (WIFEXITED(status) && WEXITSTATUS(status) == 0) {
-		report("{\"check\":\"%s\",\"ok\":true}", check->name);
+		report("{\"check\":\"%s\",\"ok\":true,\"ms\":%.0f}", check->name, (now_ns() - begin) / 1e6);
 		return 0;
 	}
 	if (WIFSIGNALED(status) && !text[0])
