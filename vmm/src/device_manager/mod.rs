@@ -8,7 +8,7 @@ use crate::{
         bus::{Bus, BusDevice, BusError},
         virtio::{
             self, VirtioDevice,
-            transport::mmio::{MMIO_SIZE, MmioTransport, NOTIFY_OFFSET},
+            transport::mmio::{ACK_OFFSET, ACK_USED, MMIO_SIZE, MmioTransport, NOTIFY_OFFSET},
         },
     },
     vstate::vm::{Vm, VmError},
@@ -71,6 +71,8 @@ pub struct DeviceManager {
     mmio: Bus,
     cmdline: Vec<String>,
     attached: u32,
+    /// Where acknowledgements of interrupts go that need no answer.
+    acknowledged: Option<EventFd>,
     subscribers: Vec<Subscriber>,
     metrics: Vec<(String, Arc<dyn virtio::DeviceMetrics>)>,
 }
@@ -133,13 +135,6 @@ impl DeviceManager {
             id: id.to_owned(),
             source,
         };
-        let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| {
-            DeviceManagerError::Event {
-                id: id.to_owned(),
-                source,
-            }
-        })?;
-        vm.register_irqfd(&line, gsi).map_err(connect)?;
         {
             let device = device.lock().unwrap_or_else(PoisonError::into_inner);
             for (queue, event) in (0u32..).zip(device.queue_events()) {
@@ -147,10 +142,17 @@ impl DeviceManager {
                     .map_err(connect)?;
             }
         }
+        let page = vm.register_pages().and_then(|pages| pages.page(self.attached));
+        if page.is_some() {
+            // Nobody listens: the acknowledgement is all there is to it.
+            vm.register_ioevent(self.acknowledged(id)?, base + ACK_OFFSET, ACK_USED)
+                .map_err(connect)?;
+        }
         let transport = MmioTransport::new(
             Arc::clone(vm.ram()),
             Arc::clone(&device) as Arc<Mutex<dyn VirtioDevice>>,
-            line,
+            Box::new(vm.interrupt_line(gsi)),
+            page,
         );
         self.mmio.insert(base, MMIO_SIZE, Arc::new(transport))?;
         self.cmdline
@@ -159,6 +161,19 @@ impl DeviceManager {
         self.metrics.push((id.to_owned(), metrics));
         self.attached += 1;
         Ok(())
+    }
+
+    fn acknowledged(&mut self, id: &str) -> Result<&EventFd, DeviceManagerError> {
+        let event = match self.acknowledged.take() {
+            Some(event) => event,
+            None => EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| {
+                DeviceManagerError::Event {
+                    id: id.to_owned(),
+                    source,
+                }
+            })?,
+        };
+        Ok(self.acknowledged.insert(event))
     }
 
     /// The words the kernel must find on its command line.

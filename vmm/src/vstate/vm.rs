@@ -1,8 +1,12 @@
 //! One KVM virtual machine: its memory slots and its in-kernel interrupt controllers and timer.
 
-use crate::{devices::virtio::GuestRam, vstate::kvm::KvmHost};
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
+use crate::{
+    arch::x86_64::layout,
+    devices::virtio::{GuestRam, InterruptLine, transport::page::RegisterPages},
+    vstate::kvm::KvmHost,
+};
+use kvm_bindings::{KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, VcpuFd, VmFd};
 use std::{io, sync::Arc};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::{errno, eventfd::EventFd};
@@ -45,9 +49,27 @@ pub(crate) fn kvm_error(action: &'static str) -> impl Fn(errno::Error) -> VmErro
 /// A VM with its memory.
 #[derive(Debug)]
 pub struct Vm {
-    fd: VmFd,
+    fd: Arc<VmFd>,
     /// Kept for as long as KVM may access it.
     ram: Arc<GuestRam>,
+    /// The same for the device registers that the guest reads as memory.
+    register_pages: Option<Arc<RegisterPages>>,
+}
+
+/// An interrupt line of a VM, raised by a call instead of an event: events for the chips' pins go through a worker
+/// thread of the kernel's, which is one more thread to wait for.
+#[derive(Debug)]
+pub struct VmInterruptLine {
+    fd: Arc<VmFd>,
+    gsi: u32,
+}
+
+impl InterruptLine for VmInterruptLine {
+    fn pulse(&self) -> io::Result<()> {
+        self.fd.set_irq_line(self.gsi, true)?;
+        self.fd.set_irq_line(self.gsi, false)?;
+        Ok(())
+    }
 }
 
 impl Vm {
@@ -56,13 +78,15 @@ impl Vm {
     /// # Errors
     /// [`VmError`].
     pub fn new(host: &KvmHost, ram: Arc<GuestRam>) -> Result<Self, VmError> {
-        let vm = Self {
-            fd: create(host)?,
+        let mut vm = Self {
+            fd: Arc::new(create(host)?),
             ram,
+            register_pages: None,
         };
         // Memory first: once the interrupt controllers exist, every change of the slots waits for a grace period of several
         // milliseconds.
         vm.register_memory(host)?;
+        vm.register_register_pages(host)?;
         // Only processors that can't run real mode natively need these; a backend may refuse them.
         if let Err(error) = vm.fd.set_identity_map_address(IDENTITY_MAP_ADDRESS) {
             tracing::debug!(%error, "no identity map page");
@@ -100,6 +124,34 @@ impl Vm {
         Ok(())
     }
 
+    /// Lets the guest read device registers as memory, while its writes to them exit. Left out where KVM can't.
+    fn register_register_pages(&mut self, host: &KvmHost) -> Result<(), VmError> {
+        let slot = self.ram.num_regions();
+        let (true, Ok(slot_number)) = (slot < host.kvm().get_nr_memslots(), u32::try_from(slot)) else {
+            return Ok(());
+        };
+        if !self.fd.check_extension(Cap::ReadonlyMem) {
+            return Ok(());
+        }
+        let devices = layout::GSI_LAST - layout::VIRTIO_GSI_FIRST + 1;
+        let pages = RegisterPages::new(devices).map_err(|source| VmError::Kvm {
+            action: "map the registers of devices",
+            source,
+        })?;
+        let slot = kvm_userspace_memory_region {
+            slot: slot_number,
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: layout::VIRTIO_MMIO_START,
+            memory_size: pages.len_bytes(),
+            userspace_addr: pages.host_address(),
+        };
+        match memory_slot::register(&self.fd, slot) {
+            Ok(()) => self.register_pages = Some(pages),
+            Err(error) => tracing::debug!(%error, "device registers can't be read as memory"),
+        }
+        Ok(())
+    }
+
     /// Creates vCPU `index`.
     ///
     /// # Errors
@@ -118,6 +170,21 @@ impl Vm {
         self.fd
             .register_irqfd(event, gsi)
             .map_err(kvm_error("register an irqfd"))
+    }
+
+    /// The interrupt line `gsi`, edge-triggered.
+    #[must_use]
+    pub fn interrupt_line(&self, gsi: u32) -> VmInterruptLine {
+        VmInterruptLine {
+            fd: Arc::clone(&self.fd),
+            gsi,
+        }
+    }
+
+    /// The registers that the guest reads as memory, from the first device's address on; none if it can't.
+    #[must_use]
+    pub fn register_pages(&self) -> Option<&Arc<RegisterPages>> {
+        self.register_pages.as_ref()
     }
 
     /// Makes the guest's 4-byte write of `value` to `address` signal `event` without an exit.
@@ -155,8 +222,8 @@ mod memory_slot {
     use kvm_ioctls::VmFd;
 
     pub(super) fn register(fd: &VmFd, slot: kvm_userspace_memory_region) -> Result<(), VmError> {
-        // SAFETY: address and size are those of a mapped region of the `GuestRam` that `Vm` keeps alive, so the mapping
-        // outlives the VM; guest memory is only ever accessed as volatile bytes on this side.
+        // SAFETY: address and size are those of a mapped region of the `GuestRam`, or of the register pages, that `Vm`
+        // keeps alive, so the mapping outlives the VM; both are only ever accessed as volatile bytes on this side.
         unsafe { fd.set_user_memory_region(slot) }.map_err(kvm_error("register guest memory"))
     }
 }

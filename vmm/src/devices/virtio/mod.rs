@@ -55,12 +55,25 @@ pub trait Interrupt: Send + Sync {
     /// wants to know.
     fn signal_used_queue(&self, index: u16);
 
-    /// Tells the driver to read the configuration space again. The caller holds the device's lock while it changes the
-    /// configuration and calls this, so that no reader sees a new configuration under the old generation.
-    fn signal_config_change(&self);
+    /// Tells the driver that the configuration space, from its beginning, is now `config`. The caller holds the device's
+    /// lock from before it changes the configuration, so that no reader sees a new one under the old generation.
+    fn signal_config_change(&self, config: &[u8]);
 
     /// Sets DEVICE_NEEDS_RESET: the guest broke the device beyond one request.
     fn signal_needs_reset(&self);
+}
+
+/// The wire from a device to the guest's interrupt controller.
+pub trait InterruptLine: Send + Sync {
+    /// Raises one edge.
+    fn pulse(&self) -> io::Result<()>;
+}
+
+/// An event descriptor that KVM turns into interrupts (irqfd).
+impl InterruptLine for EventFd {
+    fn pulse(&self) -> io::Result<()> {
+        self.write(1)
+    }
 }
 
 /// What a device gets when the driver sets DRIVER_OK.

@@ -78,7 +78,7 @@ const DEVICES: &[Call] = &[
             ],
         ),
     ),
-    (libc::SYS_ioctl, OneOf(1, &[libc::FIONBIO])),
+    (libc::SYS_ioctl, OneOf(1, &[kvm::IRQ_LINE, libc::FIONBIO])),
 ];
 
 /// The guest, and what a device does when its driver activates or resets it.
@@ -99,6 +99,7 @@ const VCPU: &[Call] = &[
                 kvm::GET_MSRS,
                 kvm::GET_VCPU_EVENTS,
                 kvm::TRANSLATE,
+                kvm::IRQ_LINE,
             ],
         ),
     ),
@@ -221,7 +222,8 @@ mod kvm {
     pub(super) const SET_IDENTITY_MAP_ADDR: u64 = request(WRITE, 0x48, 8);
     pub(super) const CREATE_IRQCHIP: u64 = request(0, 0x60, 0);
     pub(super) const IRQFD: u64 = request(WRITE, 0x76, size_of::<b::kvm_irqfd>());
-    pub(super) const CREATE_PIT2: u64 = request(WRITE, 0x77, size_of::<b::kvm_pit_config>());
+    pub(super) const IRQ_LINE: u64 = request(WRITE, 0x61, size_of::<b::kvm_irq_level>());
+pub(super) const CREATE_PIT2: u64 = request(WRITE, 0x77, size_of::<b::kvm_pit_config>());
     pub(super) const IOEVENTFD: u64 = request(WRITE, 0x79, size_of::<b::kvm_ioeventfd>());
     pub(super) const RUN: u64 = request(0, 0x80, 0);
     pub(super) const GET_REGS: u64 = request(READ, 0x81, size_of::<b::kvm_regs>());

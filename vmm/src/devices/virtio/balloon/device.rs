@@ -130,7 +130,7 @@ impl Balloon {
         if std::mem::replace(&mut self.target_pages, pages) != pages
             && let Some(active) = &self.active
         {
-            active.interrupt.signal_config_change();
+            active.interrupt.signal_config_change(&self.config());
         }
         Ok(())
     }

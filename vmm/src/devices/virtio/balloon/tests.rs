@@ -305,7 +305,7 @@ proptest! {
 
     #[test]
     fn a_mad_guest_neither_panics_nor_hangs_the_device(steps in chaos(4)) {
-        let mut driver = driver();
+        let mut driver = TestDriver::with_page(Balloon::new(spec()).unwrap());
         endure(&mut driver, steps);
         let data = driver.place(&[1; 4096]);
         driver.send(REPORTING, &[writable(data, 4096)]);

@@ -601,7 +601,7 @@ proptest! {
         let engine = if uring && uring_works() { EngineChoice::IoUring } else { EngineChoice::Sync };
         let image = image(&pattern(1 << 16));
         let spec = BlkSpec::new("vda", open(&image, false), false).with_queues(2).unwrap().with_engine(engine);
-        let mut driver = TestDriver::new(Blk::new(spec).unwrap());
+        let mut driver = TestDriver::with_page(Blk::new(spec).unwrap());
         endure(&mut driver, steps);
         let data = driver.alloc(4096);
         prop_assert_eq!(request(&mut driver, IN, 0, Some((data, 512, true))), (OK, 513));

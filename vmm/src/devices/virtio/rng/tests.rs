@@ -97,7 +97,7 @@ proptest! {
 
     #[test]
     fn a_mad_guest_neither_panics_nor_hangs_the_device(steps in chaos(1)) {
-        let mut driver = driver();
+        let mut driver = TestDriver::with_page(Rng::new().unwrap());
         endure(&mut driver, steps);
         let data = driver.alloc(4096);
         prop_assert_eq!(driver.send(0, &[writable(data, 8)]), 8);

@@ -15,10 +15,10 @@
 //!   sizes and addresses only of a queue that isn't ready. Everything else is ignored, so that a device never sees its
 //!   queues change once active (CVE-2026-5747).
 //! - A queue becomes ready only with rings that lie in guest memory.
-//! - Reading the interrupt status and acknowledging it, which happen once per interrupt, take no lock.
+//! - Reading the interrupt status and acknowledging it, which happen once per interrupt, take no lock; where KVM can map
+//!   the page for the guest to read ([`super::page`]), they don't even come here.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tracing::{debug, warn};
@@ -29,27 +29,35 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES,
     VIRTIO_MMIO_DEVICE_FEATURES_SEL, VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES,
-    VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING,
-    VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE,
-    VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH,
-    VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX,
-    VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW,
+    VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INTERRUPT_ACK,
+    VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE, VIRTIO_MMIO_QUEUE_AVAIL_HIGH,
+    VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW,
+    VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY,
+    VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW,
     VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_BASE_LOW, VIRTIO_MMIO_SHM_LEN_HIGH, VIRTIO_MMIO_SHM_LEN_LOW,
     VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueState, QueueT};
-use vmm_sys_util::eventfd::EventFd;
 
+use super::interrupt::MmioInterrupt;
+use super::page::{PAGE_BYTES, RegisterPage};
 use crate::devices::bus::BusDevice;
-use crate::devices::virtio::{ActivateContext, GuestRam, Interrupt, VirtioDevice, lock};
+use crate::devices::virtio::{ActivateContext, GuestRam, Interrupt, InterruptLine, VirtioDevice, lock};
 
 /// Size of a device's register page.
-pub const MMIO_SIZE: u64 = 0x1000;
+pub const MMIO_SIZE: u64 = PAGE_BYTES;
 /// Offset of the queue notification register; the builder attaches the ioeventfds here, a 4-byte write that matches the
 /// queue's index.
 pub const NOTIFY_OFFSET: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 
+/// Offset of the register that acknowledges interrupts.
+pub const ACK_OFFSET: u64 = VIRTIO_MMIO_INTERRUPT_ACK as u64;
+/// What acknowledges used buffers and nothing else.
+pub const ACK_USED: u32 = VIRTIO_MMIO_INT_VRING;
+
+/// As much of the configuration as the page shows; no device has more.
+const SHOWN_CONFIG_LEN: usize = 256;
 const CONFIG_OFFSET: u64 = VIRTIO_MMIO_CONFIG as u64;
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -61,63 +69,6 @@ const FEATURES_OK: u32 = VIRTIO_CONFIG_S_FEATURES_OK;
 const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
 const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
 const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
-
-/// The interrupt line of one device and the registers it shares with the transport.
-pub struct MmioInterrupt {
-    /// Device status register. Driver bits are written under the transport's lock; NEEDS_RESET by the device.
-    device_status: AtomicU32,
-    /// Interrupt status register.
-    pending: AtomicU32,
-    config_generation: AtomicU32,
-    line: EventFd,
-}
-
-impl MmioInterrupt {
-    fn raise(&self, cause: u32) {
-        // A bit that is still set means an interrupt the driver has not acknowledged. It looks at the rings only after
-        // the acknowledgement, hence after what was published before this call: no second injection is needed.
-        if self.pending.fetch_or(cause, Ordering::SeqCst) & cause != 0 {
-            return;
-        }
-        if let Err(error) = self.line.write(1) {
-            warn!(%error, "cannot raise a device interrupt");
-        }
-    }
-
-    fn is_driver_ok(&self) -> bool {
-        self.device_status.load(Ordering::Acquire) & DRIVER_OK != 0
-    }
-}
-
-impl Interrupt for MmioInterrupt {
-    fn signal_used_queue(&self, _index: u16) {
-        self.raise(VIRTIO_MMIO_INT_VRING);
-    }
-
-    fn signal_config_change(&self) {
-        self.config_generation.fetch_add(1, Ordering::SeqCst);
-        if self.is_driver_ok() {
-            self.raise(VIRTIO_MMIO_INT_CONFIG);
-        }
-    }
-
-    fn signal_needs_reset(&self) {
-        let status = self.device_status.fetch_or(NEEDS_RESET, Ordering::SeqCst);
-        if status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK {
-            self.raise(VIRTIO_MMIO_INT_CONFIG);
-        }
-    }
-}
-
-impl fmt::Debug for MmioInterrupt {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MmioInterrupt")
-            .field("device_status", &self.device_status)
-            .field("pending", &self.pending)
-            .field("config_generation", &self.config_generation)
-            .finish_non_exhaustive()
-    }
-}
 
 /// Registers that only the driver changes.
 #[derive(Debug)]
@@ -179,9 +130,16 @@ pub struct MmioTransport {
 }
 
 impl MmioTransport {
-    /// Puts `device` behind a register page. `line` is the event descriptor that KVM turns into the device's interrupt
-    /// (irqfd, edge-triggered).
-    pub fn new(mem: Arc<GuestRam>, device: Arc<Mutex<dyn VirtioDevice>>, line: EventFd) -> Self {
+    /// Puts `device` behind a register page; `line` is its edge-triggered interrupt.
+    ///
+    /// With a `page`, the guest reads registers there; the builder has mapped it, and has KVM drop the guest's writes of
+    /// [`ACK_USED`] to [`ACK_OFFSET`].
+    pub fn new(
+        mem: Arc<GuestRam>,
+        device: Arc<Mutex<dyn VirtioDevice>>,
+        line: Box<dyn InterruptLine>,
+        page: Option<RegisterPage>,
+    ) -> Self {
         let (device_type, device_features, queue_max_sizes) = {
             let device = lock(&device);
             (
@@ -190,25 +148,52 @@ impl MmioTransport {
                 device.queue_max_sizes().to_vec(),
             )
         };
-        Self {
+        let transport = Self {
             mem,
             device,
-            interrupt: Arc::new(MmioInterrupt {
-                device_status: AtomicU32::new(0),
-                pending: AtomicU32::new(0),
-                config_generation: AtomicU32::new(0),
-                line,
-            }),
+            interrupt: Arc::new(MmioInterrupt::new(line, page)),
             registers: Mutex::new(Registers::new(&queue_max_sizes)),
             device_type,
             device_features,
             queue_max_sizes,
+        };
+        transport.show_identity();
+        transport.show_registers(&lock(&transport.registers));
+        transport
+    }
+
+    fn show_identity(&self) {
+        let registers = [
+            (VIRTIO_MMIO_MAGIC_VALUE, MAGIC),
+            (VIRTIO_MMIO_VERSION, VERSION),
+            (VIRTIO_MMIO_DEVICE_ID, self.device_type),
+            (VIRTIO_MMIO_VENDOR_ID, VENDOR),
+            (VIRTIO_MMIO_SHM_LEN_LOW, u32::MAX),
+            (VIRTIO_MMIO_SHM_LEN_HIGH, u32::MAX),
+            (VIRTIO_MMIO_SHM_BASE_LOW, u32::MAX),
+            (VIRTIO_MMIO_SHM_BASE_HIGH, u32::MAX),
+        ];
+        for (register, value) in registers {
+            self.interrupt.show(register, value);
+        }
+        self.show_config(&*lock(&self.device));
+    }
+
+    /// What depends on the driver's writes.
+    fn show_registers(&self, registers: &Registers) {
+        for register in [
+            VIRTIO_MMIO_DEVICE_FEATURES,
+            VIRTIO_MMIO_QUEUE_NUM_MAX,
+            VIRTIO_MMIO_QUEUE_READY,
+        ] {
+            self.interrupt.show(register, self.register(registers, register));
         }
     }
 
-    /// The event descriptor to register with KVM as an irqfd.
-    pub fn line(&self) -> &EventFd {
-        &self.interrupt.line
+    fn show_config(&self, device: &dyn VirtioDevice) {
+        let mut config = [0; SHOWN_CONFIG_LEN];
+        device.read_config(0, &mut config);
+        self.interrupt.show_config(&config);
     }
 
     /// The device behind the page.
@@ -219,9 +204,12 @@ impl MmioTransport {
     fn read_register(&self, offset: u32) -> u32 {
         // Once per interrupt: keep it off the lock.
         if offset == VIRTIO_MMIO_INTERRUPT_STATUS {
-            return self.interrupt.pending.load(Ordering::SeqCst);
+            return self.interrupt.pending();
         }
-        let registers = lock(&self.registers);
+        self.register(&lock(&self.registers), offset)
+    }
+
+    fn register(&self, registers: &Registers, offset: u32) -> u32 {
         match offset {
             VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
             VIRTIO_MMIO_VERSION => VERSION,
@@ -230,8 +218,8 @@ impl MmioTransport {
             VIRTIO_MMIO_DEVICE_FEATURES => feature_word(self.device_features, registers.device_features_sel),
             VIRTIO_MMIO_QUEUE_NUM_MAX => registers.selected().map_or(0, |queue| queue.max_size.into()),
             VIRTIO_MMIO_QUEUE_READY => registers.selected().map_or(0, |queue| queue.ready.into()),
-            VIRTIO_MMIO_STATUS => self.interrupt.device_status.load(Ordering::SeqCst),
-            VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.config_generation.load(Ordering::SeqCst),
+            VIRTIO_MMIO_STATUS => self.status(),
+            VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation(),
             // No shared memory region exists: length and base read as all ones (§4.2.2.2).
             VIRTIO_MMIO_SHM_LEN_LOW
             | VIRTIO_MMIO_SHM_LEN_HIGH
@@ -243,7 +231,7 @@ impl MmioTransport {
 
     fn write_register(&self, offset: u32, value: u32) {
         if offset == VIRTIO_MMIO_INTERRUPT_ACK {
-            self.interrupt.pending.fetch_and(!value, Ordering::SeqCst);
+            self.interrupt.acknowledge(value);
             return;
         }
         let mut registers = lock(&self.registers);
@@ -264,10 +252,11 @@ impl MmioTransport {
             | VIRTIO_MMIO_QUEUE_USED_HIGH => self.write_queue(&mut registers, offset, value),
             _ => debug!(offset, value, "write to a register that isn't writable ignored"),
         }
+        self.show_registers(&registers);
     }
 
     fn status(&self) -> u32 {
-        self.interrupt.device_status.load(Ordering::SeqCst)
+        self.interrupt.status()
     }
 
     fn write_driver_features(&self, registers: &mut Registers, value: u32) {
@@ -374,7 +363,7 @@ impl MmioTransport {
                 continue;
             }
             status |= bit;
-            self.interrupt.device_status.fetch_or(bit, Ordering::SeqCst);
+            self.interrupt.add_status(bit);
             if bit == DRIVER_OK {
                 self.activate(registers);
             }
@@ -438,8 +427,8 @@ impl MmioTransport {
             lock(&self.device).reset();
         }
         *registers = Registers::new(&self.queue_max_sizes);
-        self.interrupt.device_status.store(0, Ordering::SeqCst);
-        self.interrupt.pending.store(0, Ordering::SeqCst);
+        self.interrupt.reset();
+        self.show_config(&*lock(&self.device));
     }
 }
 
@@ -466,7 +455,9 @@ impl BusDevice for MmioTransport {
         if let Some(offset) = offset.checked_sub(CONFIG_OFFSET) {
             let writable = self.status() & (DRIVER | FAILED) == DRIVER;
             if writable && matches!(data.len(), 1 | 2 | 4 | 8) {
-                lock(&self.device).write_config(offset, data);
+                let mut device = lock(&self.device);
+                device.write_config(offset, data);
+                self.show_config(&*device);
             }
             return;
         }

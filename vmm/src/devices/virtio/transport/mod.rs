@@ -1,5 +1,7 @@
 //! How a driver reaches a device's registers.
 
+pub mod interrupt;
 pub mod mmio;
+pub mod page;
 #[cfg(test)]
 mod tests;

@@ -36,7 +36,7 @@ impl Guest {
         let dir = TempDir::new().unwrap();
         let listener = UnixListener::bind(dir.path().join("vsock")).unwrap();
         let spec = VsockSpec::new(CID, listener, guest_ports).unwrap();
-        let mut driver = TestDriver::new(Vsock::new(spec).unwrap());
+        let mut driver = TestDriver::with_page(Vsock::new(spec).unwrap());
         let rx_addr = driver.alloc(256 * u64::from(RX_BUF));
         let tx_addr = driver.alloc(1 << 20);
         Self {
