@@ -7,3 +7,5 @@ pub mod hull;
 pub mod initramfs;
 pub mod kernel_guest;
 pub mod kernel_vm;
+pub mod outer_vm;
+pub mod soak_root;
