@@ -153,7 +153,7 @@ pub fn build(
     start.create_vm_us = watch.lap_us();
 
     let boot_timer = Arc::new(BootTimer::default());
-    let (mut devices, balloon) = devices::attach(&vm, &mut spec, stop, &boot_timer)?;
+    let devices::Attached { mut devices, balloon } = devices::attach(&vm, &mut spec, stop, &boot_timer)?;
     start.devices_us = watch.lap_us();
 
     let cmdline = full_cmdline(&spec.cmdline, devices.cmdline());

@@ -13,6 +13,7 @@
 //! - No dependency on OCI, containerd, the agent or an async runtime: the VMM knows file descriptors and a configuration.
 //! - All code that depends on the kind of KVM backend is in [`arch::x86_64::backend`].
 
+pub mod allocator;
 pub mod arch;
 pub mod boot_timer;
 pub mod builder;

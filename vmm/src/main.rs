@@ -15,6 +15,7 @@ use std::{
 };
 use tracing_subscriber::EnvFilter;
 use vmm::{
+    allocator,
     cli::{self, Command, Identity, Mode},
     config::{Resources, VmSpec},
     control::{
@@ -91,6 +92,7 @@ enum Source {
 }
 
 fn run(mode: Mode, identity: Identity, jailed: bool, process_start: Instant) -> Result<StopReason, Failure> {
+    allocator::use_one_arena();
     let keep = match mode {
         Mode::ControlFd(fd) => Some(fd),
         _ => None,

@@ -1,5 +1,7 @@
 //! The control socket of a real process: the state machine, errors, disconnects, kill.
 
+#![expect(clippy::unwrap_used, reason = "test code: a panic is a failed test")]
+
 mod support;
 
 use std::{

@@ -266,3 +266,83 @@ fn guest_with_a_silent_console_reader_does_not_hang() {
     vmm.call(RequestBody::Shutdown).unwrap();
     assert!(support::wait(&mut vmm.child).success());
 }
+
+/// `mov ecx, register; mov edx, high; mov eax, low; wrmsr`
+fn wrmsr(code: Code, register: u32, high: u32, low: u32) -> Code {
+    code.raw(&[0xb9])
+        .raw(&register.to_le_bytes())
+        .raw(&[0xba])
+        .raw(&high.to_le_bytes())
+        .raw(&[0xb8])
+        .raw(&low.to_le_bytes())
+        .raw(&[0x0f, 0x30])
+}
+
+#[test]
+fn init_and_startup_interrupts_start_a_second_vcpu_in_real_mode() {
+    if !kvm_is_usable() {
+        return;
+    }
+    // Real-mode code at 0x8000: mov dx, 0x3f8; mov al, '*'; out dx, al; cli; hlt
+    let trampoline = u64::from_le_bytes([0xba, 0xf8, 0x03, 0xb0, b'*', 0xee, 0xfa, 0xf4]);
+    const APIC_BASE: u32 = 0x1b;
+    const ICR: u32 = 0x830;
+    let code = Code::new()
+        .store64(0x8000, trampoline)
+        .store32(0x8008, 0xfdeb_f4f4);
+    let code = wrmsr(code, APIC_BASE, 0, 0xfee0_0d00); // x2APIC mode, still the boot processor
+    let code = wrmsr(code, ICR, 1, 0x4500); // INIT
+    let code = wrmsr(code, ICR, 1, 0x4608); // startup at 0x8000
+    let guest = Guest::new(&code.print("sent").idle()).with("vcpu_count", 2.into());
+    let _vmm = Vmm::start(&guest);
+    guest.wait_for_console("*");
+    guest.wait_for_console("sent");
+}
+
+#[test]
+fn all_vcpus_a_guest_may_have_are_started_by_doorbell() {
+    if !kvm_is_usable() {
+        return;
+    }
+    let target = ENTRY + 0x1800;
+    let mut code = Code::new();
+    for apic_id in 1..16 {
+        code = ring(code, MAGIC, apic_id, target, ROOT).print_if_eax_is(1, 'y', 'n');
+    }
+    // Each counts itself: lock inc dword [0x300000].
+    let count = Code::new().raw(&[0xf0, 0xff, 0x04, 0x25, 0, 0, 0x30, 0]).idle();
+    let code = code
+        .load32(0x30_0000)
+        .raw(&[0x3d, 15, 0, 0, 0, 0x75, 0xf2]) // until it is 15
+        .print("all")
+        .idle()
+        .at(0x1800)
+        .raw(&count.0);
+    let guest = Guest::new(&code).with("vcpu_count", 16.into());
+    let vmm = Vmm::start(&guest);
+    guest.wait_for_console("all");
+    assert_eq!(guest.console(), format!("{}all", "y".repeat(15)));
+    drop(vmm);
+}
+
+#[test]
+fn guest_the_backend_cannot_run_is_reported_with_its_registers() {
+    if !kvm_is_usable() {
+        return;
+    }
+    // A software interrupt from interpreted kernel code: PVM's emulator has none. Hardware takes the missing handler for a
+    // triple fault.
+    let guest = Guest::new(&Code::new().raw(&[0xcd, 0x80]).spin());
+    let mut vmm = Vmm::start(&guest);
+    match vmm.client.wait_stopped().unwrap() {
+        Some(StopReason::GuestShutdown) => assert!(support::wait(&mut vmm.child).success()),
+        Some(StopReason::VcpuFailed { message }) => {
+            assert!(
+                message.contains("vCPU 0") && message.contains("rip 0000000000100000"),
+                "{message}"
+            );
+            assert_eq!(support::wait(&mut vmm.child).code(), Some(1));
+        }
+        other => panic!("{other:?}"),
+    }
+}

@@ -1,5 +1,7 @@
 //! What a microVM costs while its guest does nothing.
 
+#![expect(clippy::unwrap_used, reason = "test code: a panic is a failed test")]
+
 mod support;
 
 use std::{collections::BTreeMap, fs, os::unix::net::UnixListener, time::Duration};

@@ -6,6 +6,8 @@
 //!
 //! Without root the layers are the same, inside a user namespace; as root both ways are tried.
 
+#![expect(clippy::unwrap_used, reason = "test code: a panic is a failed test")]
+
 mod support;
 
 use rustix::{
@@ -39,9 +41,13 @@ const PROBE: &str = "HULL_JAIL_PROBE";
 const USER: u32 = 1234;
 
 type Outcome = Result<(), String>;
+/// A name and what it tries.
+type Probe = (&'static str, fn() -> Outcome);
+/// A name, whose filter, the call it must stop, and how it is made.
+type Denied = (&'static str, Role, i64, fn());
 
 /// What a probe tries, in a process of its own.
-const PROBES: &[(&str, fn() -> Outcome)] = &[
+const PROBES: &[Probe] = &[
     ("root_is_empty_and_read_only", root_is_empty_and_read_only),
     ("nothing_can_be_mounted", nothing_can_be_mounted),
     ("user_cannot_be_changed_back", user_cannot_be_changed_back),
@@ -73,7 +79,7 @@ const PROBES: &[(&str, fn() -> Outcome)] = &[
 ];
 
 /// Calls each filter must stop. The closure makes the call; it must not return.
-const DENIED: &[(&str, Role, i64, fn())] = &[
+const DENIED: &[Denied] = &[
     (
         "event_loop_opens_a_file",
         Role::EventLoop,
@@ -163,7 +169,7 @@ const DENIED: &[(&str, Role, i64, fn())] = &[
 ];
 
 /// Whole processes, seen from outside.
-const OUTSIDE: &[(&str, fn() -> Outcome)] = &[
+const OUTSIDE: &[Probe] = &[
     (
         "running_vmm_is_confined_in_every_thread",
         running_vmm_is_confined_in_every_thread,

@@ -21,13 +21,21 @@ use crate::{
 use std::sync::{Arc, Mutex};
 use vmm_api::IoEngine;
 
-/// All devices of `spec`; what needs the balloon later gets it.
+/// What was attached.
+pub(super) struct Attached {
+    /// All devices.
+    pub(super) devices: DeviceManager,
+    /// The balloon once more, for whoever sets its target.
+    pub(super) balloon: Option<Arc<Mutex<Balloon>>>,
+}
+
+/// All devices of `spec`.
 pub(super) fn attach(
     vm: &Vm,
     spec: &mut VmSpec,
     stop: &Arc<StopSignal>,
     boot_timer: &Arc<BootTimer>,
-) -> Result<(DeviceManager, Option<Arc<Mutex<Balloon>>>), BuildError> {
+) -> Result<Attached, BuildError> {
     let mut devices = DeviceManager::new();
     devices.attach_port(
         layout::I8042_PORT,
@@ -63,7 +71,7 @@ pub(super) fn attach(
         .balloon
         .map(|balloon| attach_balloon(&mut devices, vm, spec.memory_mib, balloon))
         .transpose()?;
-    Ok((devices, balloon))
+    Ok(Attached { devices, balloon })
 }
 
 fn attach_disk(devices: &mut DeviceManager, vm: &Vm, disk: BlkResource) -> Result<(), BuildError> {

@@ -6,7 +6,7 @@
 //! - Guest memory isn't part of a core dump.
 
 use crate::{arch::x86_64::layout, devices::virtio::GuestRam};
-use std::{io, ops::Range};
+use std::io;
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, mmap::MmapRegionBuilder,
 };
@@ -49,17 +49,15 @@ pub enum MemoryError {
     Advise(#[source] io::Error),
 }
 
-/// The guest-physical ranges of `memory_mib` MiB of RAM.
-fn ram_ranges(memory_mib: u64) -> Vec<Range<u64>> {
+/// Start and size of each range of `memory_mib` MiB of RAM.
+fn ram_ranges(memory_mib: u64) -> Vec<(u64, u64)> {
     let size = memory_mib.saturating_mul(MIB);
-    if size <= layout::MMIO_HOLE_START {
-        return vec![Range { start: 0, end: size }];
+    let low = size.min(layout::MMIO_HOLE_START);
+    let mut ranges = vec![(0, low)];
+    if size > low {
+        ranges.push((layout::MMIO_HOLE_END, size - low));
     }
-    let above = size - layout::MMIO_HOLE_START;
-    vec![
-        0..layout::MMIO_HOLE_START,
-        layout::MMIO_HOLE_END..layout::MMIO_HOLE_END.saturating_add(above),
-    ]
+    ranges
 }
 
 /// Checks a size against what a guest needs and the host has.
@@ -90,8 +88,7 @@ pub fn check_size(memory_mib: u64) -> Result<(), MemoryError> {
 pub fn create(memory_mib: u64, huge_pages: bool) -> Result<GuestRam, MemoryError> {
     check_size(memory_mib)?;
     let mut regions = Vec::new();
-    for range in ram_ranges(memory_mib) {
-        let size_bytes = range.end - range.start;
+    for (start, size_bytes) in ram_ranges(memory_mib) {
         let size = usize::try_from(size_bytes).unwrap_or(usize::MAX);
         let mapping = MmapRegionBuilder::new(size)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
@@ -99,7 +96,7 @@ pub fn create(memory_mib: u64, huge_pages: bool) -> Result<GuestRam, MemoryError
             .build()
             .map_err(|source| MemoryError::Map { size_bytes, source })?;
         advise::guest_memory(mapping.as_ptr(), mapping.size(), huge_pages).map_err(MemoryError::Advise)?;
-        regions.extend(GuestRegionMmap::new(mapping, GuestAddress(range.start)));
+        regions.extend(GuestRegionMmap::new(mapping, GuestAddress(start)));
     }
     GuestRam::from_regions(regions).map_err(MemoryError::Regions)
 }
@@ -139,9 +136,9 @@ mod tests {
 
     #[test]
     fn memory_beyond_three_gib_continues_after_the_hole() {
-        assert_eq!(ram_ranges(128), [0..128 << 20]);
-        assert_eq!(ram_ranges(3072), [0..0xc000_0000]);
-        assert_eq!(ram_ranges(3073), [0..0xc000_0000, 0x1_0000_0000..0x1_0010_0000]);
+        assert_eq!(ram_ranges(128), [(0, 128 << 20)]);
+        assert_eq!(ram_ranges(3072), [(0, 0xc000_0000)]);
+        assert_eq!(ram_ranges(3073), [(0, 0xc000_0000), (0x1_0000_0000, 1 << 20)]);
         assert_eq!(ram_ranges(u64::MAX).len(), 2);
     }
 

@@ -4,6 +4,7 @@
 //! them, hardware runs them; the result is the same.
 
 #![allow(dead_code, reason = "every test program uses its own part of this")]
+#![expect(clippy::unwrap_used, reason = "test code: a panic is a failed test")]
 
 use std::{
     fs::File,
