@@ -28,6 +28,7 @@ use std::{
         },
     },
     process::{Command, ExitCode, Stdio},
+    time::Instant,
 };
 use support::{Code, Guest, Vmm, kvm_is_usable};
 use vmm::jail::{
@@ -193,12 +194,16 @@ fn main() -> ExitCode {
             .is_none_or(|filter| name.contains(filter.as_str()))
     };
     let is_root = rustix::process::geteuid().is_root();
-    let mut failures = 0;
+    let start_time = Instant::now();
+    let (mut passed, mut failed) = (0, 0);
     let mut report = |name: &str, outcome: Outcome| match outcome {
-        Ok(()) => println!("test {name} ... ok"),
+        Ok(()) => {
+            println!("test {name} ... ok");
+            passed += 1;
+        }
         Err(error) => {
             println!("test {name} ... FAILED: {error}");
-            failures += 1;
+            failed += 1;
         }
     };
     for (name, _) in PROBES.iter().filter(|(name, _)| wanted(name)) {
@@ -216,7 +221,13 @@ fn main() -> ExitCode {
     for (name, probe) in OUTSIDE.iter().filter(|(name, _)| wanted(name)) {
         report(name, probe());
     }
-    if failures == 0 {
+    let result = if failed == 0 { "ok" } else { "FAILED" };
+    let elapsed = start_time.elapsed().as_secs_f64();
+    println!(
+        "\ntest result: {result}. {passed} passed; {failed} failed; 0 ignored; 0 measured; 0 filtered out; \
+         finished in {elapsed:.2}s"
+    );
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

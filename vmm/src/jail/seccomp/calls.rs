@@ -223,7 +223,7 @@ mod kvm {
     pub(super) const CREATE_IRQCHIP: u64 = request(0, 0x60, 0);
     pub(super) const IRQFD: u64 = request(WRITE, 0x76, size_of::<b::kvm_irqfd>());
     pub(super) const IRQ_LINE: u64 = request(WRITE, 0x61, size_of::<b::kvm_irq_level>());
-pub(super) const CREATE_PIT2: u64 = request(WRITE, 0x77, size_of::<b::kvm_pit_config>());
+    pub(super) const CREATE_PIT2: u64 = request(WRITE, 0x77, size_of::<b::kvm_pit_config>());
     pub(super) const IOEVENTFD: u64 = request(WRITE, 0x79, size_of::<b::kvm_ioeventfd>());
     pub(super) const RUN: u64 = request(0, 0x80, 0);
     pub(super) const GET_REGS: u64 = request(READ, 0x81, size_of::<b::kvm_regs>());
