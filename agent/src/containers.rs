@@ -169,7 +169,16 @@ impl Containers {
     }
 
     /// Prepares a further process of a running container.
-    pub fn create_exec(&self, mut request: CreateExecRequest) -> Result<(), AgentError> {
+    pub fn create_exec(&self, request: CreateExecRequest) -> Result<(), AgentError> {
+        let (container_id, exec_id) = (request.container_id.clone(), request.exec_id.clone());
+        let result = self.prepare_exec(request);
+        if matches!(result, Err(ref error) if !matches!(error, AgentError::Exists { .. })) {
+            self.streams.forget(&container_id, &exec_id);
+        }
+        result
+    }
+
+    fn prepare_exec(&self, mut request: CreateExecRequest) -> Result<(), AgentError> {
         let process = request.process.take().unwrap_or_default();
         let mut table = self.lock();
         let container = table.container(&request.container_id)?;

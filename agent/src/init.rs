@@ -110,15 +110,12 @@ pub fn seed_random(entropy: &[u8]) -> std::io::Result<()> {
 
 /// The microVM's memory in bytes and its number of CPUs, as the kernel sees them.
 pub fn size() -> (u64, u32) {
-    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib = meminfo.lines().find_map(|line| {
-        line.strip_prefix("MemTotal:")?
-            .split_whitespace()
-            .next()?
-            .parse::<u64>()
-            .ok()
-    });
-    let cpus =
-        std::thread::available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(1));
-    (kib.unwrap_or(0).saturating_mul(1024), cpus)
+    let memory = nix::sys::sysinfo::sysinfo().map_or(0, |info| info.ram_total());
+    let cpus = nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN)
+        .ok()
+        .flatten();
+    (
+        memory,
+        cpus.and_then(|count| u32::try_from(count).ok()).unwrap_or(1),
+    )
 }

@@ -61,7 +61,7 @@ impl MountedRootfs {
                 this.mount_overlay(spec, &lower, Some(&upper))?;
             }
             Some(Upper::BlockSerial(serial)) => {
-                let device = device(serial)?;
+                let device = device(serial, spec.layer_serials.len() + 1)?;
                 this.mount_at(&device, &upper, "ext4", MsFlags::MS_NOATIME, "")?;
                 this.mount_overlay(spec, &lower, Some(&upper))?;
             }
@@ -90,7 +90,8 @@ impl MountedRootfs {
     fn mount_layers(&mut self, serials: &[String]) -> Result<Vec<String>, AgentError> {
         let mut lower = Vec::with_capacity(serials.len());
         for (index, serial) in serials.iter().enumerate() {
-            let device = device(serial)?;
+            // The first disk is the microVM's own root.
+            let device = device(serial, index + 1)?;
             let target = format!("{LAYERS_DIR}/{index}");
             self.mount_at(&device, Path::new(&target), "erofs", MsFlags::MS_RDONLY, "")?;
             lower.push(target);
@@ -151,8 +152,8 @@ impl MountedRootfs {
     }
 }
 
-fn device(serial: &str) -> Result<String, AgentError> {
-    let path = block::find(serial)
+fn device(serial: &str, index: usize) -> Result<String, AgentError> {
+    let path = block::find(serial, index)
         .ok_or_else(|| AgentError::rootfs(format!("finding the disk {serial:?}"))(Errno::ENODEV))?;
     Ok(path.display().to_string())
 }

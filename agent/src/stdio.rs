@@ -33,7 +33,7 @@ use crate::{error::AgentError, log::log, vsock};
 
 /// How long the host may take for the header, and for attaching what it declared.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Streams that wait for their process; a host that exceeds it gets its oldest errors back as missing streams.
+/// Streams that wait for their process; beyond it the oldest is closed.
 const MAX_WAITING: usize = 256;
 /// One read or write of a pump. As large as the pipe.
 const BUFFER_BYTES: usize = 256 * 1024;
@@ -41,17 +41,28 @@ const BUFFER_BYTES: usize = 256 * 1024;
 /// Streams that have arrived and whose process hasn't started.
 #[derive(Debug, Default)]
 pub struct Streams {
-    waiting: Mutex<HashMap<StreamHeader, File>>,
+    waiting: Mutex<HashMap<StreamHeader, (Instant, File)>>,
     arrived: Condvar,
 }
 
 impl Streams {
     fn offer(&self, header: StreamHeader, socket: File) {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        if waiting.len() < MAX_WAITING {
-            waiting.insert(header, socket);
-            self.arrived.notify_all();
+        if waiting.len() >= MAX_WAITING {
+            let oldest = waiting
+                .iter()
+                .min_by_key(|(_, (since, _))| *since)
+                .map(|(header, _)| header.clone());
+            oldest.and_then(|header| waiting.remove(&header));
         }
+        waiting.insert(header, (Instant::now(), socket));
+        self.arrived.notify_all();
+    }
+
+    /// Closes the streams of a process that won't be started.
+    pub fn forget(&self, container_id: &str, exec_id: &str) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.retain(|header, _| header.container_id != container_id || header.exec_id != exec_id);
     }
 
     /// Takes a stream, waiting for it to arrive.
@@ -59,7 +70,7 @@ impl Streams {
         let deadline = Instant::now() + PATIENCE;
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            if let Some(socket) = waiting.remove(header) {
+            if let Some((_, socket)) = waiting.remove(header) {
                 return Ok(socket);
             }
             let left = deadline.saturating_duration_since(Instant::now());

@@ -6,13 +6,13 @@ use std::{
 };
 
 use agent_protocol::{
-    CreateExec, CreateExecRequest, ErrorKind, ProcessRef, ResizeTty, ResizeTtyRequest, SignalProcess,
-    SignalProcessRequest, StartProcess, WaitProcess, WaitProcessResponse, WindowSize,
+    CreateExec, CreateExecRequest, ErrorKind, ProcessRef, RPC_PORT, ResizeTty, ResizeTtyRequest,
+    SignalProcess, SignalProcessRequest, StartProcess, WaitProcess, WaitProcessResponse, WindowSize,
     wait_process_response::Outcome,
 };
 
 use crate::{
-    Result, Runtime, SandboxError, SandboxRecord, SignalEvent, Signals,
+    Result, Runtime, SandboxError, SandboxRecord, SignalEvent, Signals, Status,
     agent_client::{AgentClient, CALL_TIMEOUT, Pending},
     identity::random_bytes,
     spec::ProcessSpec,
@@ -230,22 +230,31 @@ impl Runtime {
         process: &ProcessSpec,
         options: AttachOptions<'_>,
     ) -> Result<ExitStatus> {
-        let mut agent = self.connect_agent(record)?;
+        if record.status != Status::Running {
+            return Err(SandboxError::NotRunning {
+                name: record.name.clone(),
+            });
+        }
         let exec_id = format!("{:016x}", u64::from_le_bytes(random_bytes()?));
-        agent.call::<CreateExec>(&CreateExecRequest {
+        let ids = (record.id.as_str(), exec_id.as_str());
+        let connect = || self.run.connect_vsock(&record.id);
+        let (rpc, streams) = ProcessStreams::open_with(connect, RPC_PORT, ids, process).map_err(|error| {
+            tracing::debug!(%error, "connecting to the agent");
+            SandboxError::NotRunning {
+                name: record.name.clone(),
+            }
+        })?;
+        let mut agent = AgentClient::new(rpc);
+        let hello = agent.send_connect(false)?;
+        let create = agent.send::<CreateExec>(&CreateExecRequest {
             container_id: record.id.as_str().to_owned(),
             exec_id: exec_id.clone(),
             process: Some(process.for_agent()).into(),
             ..CreateExecRequest::default()
         })?;
-        let connect = || self.run.connect_vsock(&record.id);
-        let streams = ProcessStreams::open(connect, record.id.as_str(), &exec_id, process)?;
-        let started = Attached::start(
-            &mut agent,
-            process_ref(record.id.as_str(), &exec_id),
-            streams,
-            process,
-        )?;
+        agent.finish_connect(&hello)?;
+        agent.wait(&create, Some(CALL_TIMEOUT))?;
+        let started = Attached::start(&mut agent, process_ref(ids.0, ids.1), streams, process)?;
         started.drive(&mut agent, None, options)
     }
 }

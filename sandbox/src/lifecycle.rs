@@ -28,14 +28,15 @@ use crate::{
     process_handle::ProcessIdentity,
     recovery::Reservation,
     spec::ProcessSpec,
-    state_store::{OwnedDir, RECORD_VERSION},
+    state_store::{OwnedDir, RECORD_VERSION, boot_id},
     stdio::{ProcessStreams, connect_ports},
     timing::{Stopwatch, microseconds},
     vmm_client::{Disk, VmParts, Vmm, Watched, check_kvm},
 };
 
-/// How long a microVM may take until its agent is ready; a loaded host under emulation needs seconds.
-const READY_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a microVM may take until its agent is ready. A guest that is stuck is the only reason to give up;
+/// a host that runs more than it can is none.
+const READY_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The guest kernel's command line; the VMM adds what describes its devices.
 const CMDLINE: &str = "root=/dev/vda ro rootfstype=erofs init=/hull-agent reboot=t panic=-1";
@@ -62,6 +63,8 @@ pub struct Sandbox {
     dir: OwnedDir,
     record: SandboxRecord,
     process: ProcessSpec,
+    /// Until the process is started.
+    streams: Option<ProcessStreams>,
     timing: Timing,
     stopwatch: Stopwatch,
 }
@@ -98,6 +101,7 @@ fn new_record(reservation: &Reservation, spec: &ContainerSpec) -> Result<Sandbox
         status: Status::Creating,
         vcpus: spec.vcpus,
         memory_mib: spec.memory_mib,
+        boot_id: boot_id(),
         owner,
         vmm: None,
         jail_uid: reservation.jail_uid,
@@ -173,8 +177,12 @@ impl Sandbox {
             });
         }
         let boot_us = microseconds(stopwatch.lap());
-        let connection = |source| SandboxError::AgentConnection { source };
-        let [rpc] = connect_ports(|| dir.connect_vsock(), [RPC_PORT]).map_err(connection)?;
+        let (rpc, streams) = ProcessStreams::open_with(
+            || dir.connect_vsock(),
+            RPC_PORT,
+            (record.id.as_str(), ""),
+            &spec.process,
+        )?;
         let mut agent = AgentClient::new(rpc);
         // Both under way at once: one round trip. A version that doesn't fit fails the first.
         let connect = agent.send_connect(true)?;
@@ -191,6 +199,7 @@ impl Sandbox {
             dir,
             record,
             process: spec.process.clone(),
+            streams: Some(streams),
             timing,
             stopwatch,
         })
@@ -209,7 +218,10 @@ impl Sandbox {
     /// The process can't be started, the microVM stopped, or a signal asked three times to give up.
     pub fn run(&mut self, options: AttachOptions<'_>) -> Result<ExitStatus> {
         let id = self.record.id.as_str();
-        let streams = ProcessStreams::open(|| self.dir.connect_vsock(), id, "", &self.process)?;
+        let streams = self
+            .streams
+            .take()
+            .ok_or_else(|| SandboxError::NotRunning { name: id.to_owned() })?;
         let attached = Attached::start(&mut self.agent, process_ref(id, ""), streams, &self.process)?;
         self.timing.container_us = microseconds(self.stopwatch.lap());
         self.record.status = Status::Running;
@@ -266,11 +278,14 @@ impl Runtime {
         if record.status != Status::Running {
             return Err(not_running());
         }
-        let [rpc] = connect_ports(|| self.run.connect_vsock(&record.id), [RPC_PORT]).map_err(|error| {
-            tracing::debug!(%error, "connecting to the agent");
-            not_running()
-        })?;
-        let mut agent = AgentClient::new(rpc);
+        let connected = connect_ports(|| self.run.connect_vsock(&record.id), &[RPC_PORT]);
+        let rpc = connected
+            .map(|mut streams| streams.pop())
+            .unwrap_or_else(|error| {
+                tracing::debug!(%error, "connecting to the agent");
+                None
+            });
+        let mut agent = AgentClient::new(rpc.ok_or_else(not_running)?);
         let connect = agent.send_connect(false)?;
         agent.finish_connect(&connect)?;
         Ok(agent)

@@ -114,7 +114,7 @@ impl Components {
             .map(|cache| cache.join("agent/agent-root.erofs"))
             .into_iter()
             .collect();
-        let remedy = "build it with `cargo xtask setup`, or set HULL_AGENT_IMAGE";
+        let remedy = "build it with `cargo xtask build`, or set HULL_AGENT_IMAGE";
         find(
             "the agent's image (agent-root.erofs)",
             "HULL_AGENT_IMAGE",

@@ -59,7 +59,7 @@ impl Runtime {
                 tracing::warn!(%id, %error, "a dead sandbox's state is damaged");
                 None
             });
-            if let Some(vmm) = record.and_then(|record| record.vmm) {
+            if let Some(vmm) = record.and_then(|record| record.living_vmm()) {
                 end_vmm(&id, vmm);
             }
             tracing::info!(%id, "removed a sandbox whose owner is gone");
@@ -158,7 +158,7 @@ impl Runtime {
     ///
     /// It is still there after a while.
     pub fn destroy(&self, record: &SandboxRecord) -> Result<()> {
-        if let Some(vmm) = record.vmm {
+        if let Some(vmm) = record.living_vmm() {
             end_vmm(&record.id, vmm);
         }
         if let Some(owner) = record.owner.open() {

@@ -65,12 +65,29 @@ pub struct SandboxRecord {
     pub vcpus: u8,
     /// Memory of the microVM.
     pub memory_mib: u64,
+    /// Which boot of the host the process ids belong to.
+    pub boot_id: String,
     /// The process that owns it.
     pub owner: ProcessIdentity,
     /// Its VMM, once there is one.
     pub vmm: Option<ProcessIdentity>,
     /// The user id its VMM runs as.
     pub jail_uid: u32,
+}
+
+impl SandboxRecord {
+    /// The VMM, if it can still be there.
+    pub(crate) fn living_vmm(&self) -> Option<ProcessIdentity> {
+        self.vmm.filter(|_| self.boot_id == boot_id())
+    }
+}
+
+/// The host's name for the time since it booted.
+pub(crate) fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .unwrap_or_default()
+        .trim()
+        .to_owned()
 }
 
 /// Version of [`SandboxRecord`].
@@ -266,6 +283,7 @@ pub(crate) mod tests {
             status: Status::Running,
             vcpus: 1,
             memory_mib: 128,
+            boot_id: boot_id(),
             owner: ProcessIdentity {
                 pid: 1,
                 start_ticks: 0,

@@ -30,11 +30,11 @@ const BUFFER_BYTES: usize = 256 * 1024;
 const MAX_ANSWER_BYTES: usize = 32;
 
 /// Connects to ports of the guest, all at once.
-pub(crate) fn connect_ports<const N: usize>(
+pub(crate) fn connect_ports(
     connect: impl Fn() -> io::Result<UnixStream>,
-    ports: [u32; N],
-) -> io::Result<[UnixStream; N]> {
-    let mut streams = Vec::with_capacity(N);
+    ports: &[u32],
+) -> io::Result<Vec<UnixStream>> {
+    let mut streams = Vec::with_capacity(ports.len());
     for port in ports {
         let mut stream = connect()?;
         stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
@@ -43,7 +43,7 @@ pub(crate) fn connect_ports<const N: usize>(
     for stream in &mut streams {
         read_answer(stream)?;
     }
-    streams.try_into().map_err(|_| ErrorKind::InvalidData.into())
+    Ok(streams)
 }
 
 /// Reads `OK <port>\n`, and not one byte more: what follows belongs to the stream.
@@ -68,6 +68,15 @@ fn read_answer(stream: &mut UnixStream) -> io::Result<()> {
     }
 }
 
+/// The streams a process declares to have.
+fn declared(process: &ProcessSpec) -> &'static [Stream] {
+    match (process.terminal, process.stdin) {
+        (true, _) => &[Stream::Terminal],
+        (false, true) => &[Stream::Stdout, Stream::Stderr, Stream::Stdin],
+        (false, false) => &[Stream::Stdout, Stream::Stderr],
+    }
+}
+
 /// A process's connected streams.
 #[derive(Debug)]
 pub(crate) struct ProcessStreams {
@@ -76,45 +85,46 @@ pub(crate) struct ProcessStreams {
 }
 
 impl ProcessStreams {
-    /// Opens the streams a process declares.
-    pub(crate) fn open(
+    /// Opens the streams a process declares and, first, one to `port`: everything in one round trip.
+    pub(crate) fn open_with(
         connect: impl Fn() -> io::Result<UnixStream>,
-        container_id: &str,
-        exec_id: &str,
+        port: u32,
+        (container_id, exec_id): (&str, &str),
         process: &ProcessSpec,
-    ) -> Result<Self> {
-        let attach = |stream: Stream| -> Result<UnixStream> {
+    ) -> Result<(UnixStream, Self)> {
+        let connection = |source| SandboxError::AgentConnection { source };
+        let kinds = declared(process);
+        let ports: Vec<u32> = std::iter::once(port)
+            .chain(kinds.iter().map(|_| STDIO_PORT))
+            .collect();
+        let mut connected = connect_ports(connect, &ports).map_err(connection)?.into_iter();
+        let first = connected
+            .next()
+            .ok_or_else(|| connection(ErrorKind::NotConnected.into()))?;
+        let mut streams = Self {
+            input: None,
+            outputs: Vec::with_capacity(kinds.len()),
+        };
+        for (stream, mut connected) in kinds.iter().copied().zip(connected) {
             let header = StreamHeader {
                 container_id: container_id.to_owned(),
                 exec_id: exec_id.to_owned(),
                 stream,
             };
-            let bytes = header.encode()?;
-            let connection = |source| SandboxError::AgentConnection { source };
-            let [mut connected] = connect_ports(&connect, [STDIO_PORT]).map_err(connection)?;
-            connected.write_all(&bytes).map_err(connection)?;
-            Ok(connected)
-        };
-        if process.terminal {
-            let terminal = attach(Stream::Terminal)?;
-            let input = terminal
-                .try_clone()
-                .map_err(SandboxError::system("duplicating a descriptor"))?;
-            return Ok(Self {
-                input: Some(input),
-                outputs: vec![(Stream::Terminal, terminal)],
-            });
+            connected.write_all(&header.encode()?).map_err(connection)?;
+            match stream {
+                Stream::Stdin => streams.input = Some(connected),
+                Stream::Terminal => {
+                    let input = connected
+                        .try_clone()
+                        .map_err(SandboxError::system("duplicating a descriptor"))?;
+                    streams.input = Some(input);
+                    streams.outputs.push((stream, connected));
+                }
+                Stream::Stdout | Stream::Stderr => streams.outputs.push((stream, connected)),
+            }
         }
-        let outputs = [Stream::Stdout, Stream::Stderr]
-            .into_iter()
-            .map(|stream| Ok((stream, attach(stream)?)))
-            .collect::<Result<_>>()?;
-        let input = if process.stdin {
-            Some(attach(Stream::Stdin)?)
-        } else {
-            None
-        };
-        Ok(Self { input, outputs })
+        Ok((first, streams))
     }
 
     /// Starts to move bytes between the streams and this process's own.
