@@ -23,6 +23,7 @@ Options:
   --help      print this
 
 The environment variable HULL_LOG sets the log filter (error, warn, info, debug, trace).
+Sockets that FILE names, and PATH, are made and left for the caller to remove: the jail has no file system.
 Exit status: 0 the guest stopped or was told to, 1 error of the VMM, 2 bad command line or configuration;
 killed by SIGSYS: a system call outside the allow-list.
 ";

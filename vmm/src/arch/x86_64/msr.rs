@@ -1,7 +1,8 @@
 //! Model-specific registers of the entry state.
 
+use super::backend::Backend;
 use kvm_bindings::{Msrs, kvm_msr_entry};
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{Kvm, VcpuFd};
 use std::io;
 
 const IA32_TSC: u32 = 0x10;
@@ -32,6 +33,9 @@ pub enum MsrError {
         /// The register.
         index: u32,
     },
+    /// The call failed.
+    #[error("KVM refuses to read model-specific registers")]
+    Get(#[source] io::Error),
     /// The list can't be built.
     #[error("too many model-specific registers")]
     TooMany,
@@ -82,4 +86,44 @@ pub fn set_boot(vcpu: &VcpuFd) -> Result<(), MsrError> {
         None => Ok(()),
         Some(entry) => Err(MsrError::Unknown { index: entry.index }),
     }
+}
+
+/// The registers that make up a vCPU's state: those KVM lists, and those of the backend that it does not.
+///
+/// # Errors
+/// [`MsrError`].
+pub fn save(kvm: &Kvm, vcpu: &VcpuFd, backend: &dyn Backend) -> Result<Vec<kvm_msr_entry>, MsrError> {
+    let list = kvm
+        .get_msr_index_list()
+        .map_err(|error| MsrError::Get(error.into()))?;
+    let mut saved = Vec::with_capacity(list.as_slice().len());
+    for index in list.as_slice().iter().chain(backend.extra_msrs()) {
+        // KVM lists some that the processor it emulates here does not have.
+        if let Some(data) = read(vcpu, *index) {
+            saved.push(kvm_msr_entry {
+                index: *index,
+                data,
+                ..Default::default()
+            });
+        }
+    }
+    Ok(saved)
+}
+
+/// Sets what [`save`] returned, in the same order: the backend's own come last, when the memory they may name exists.
+///
+/// # Errors
+/// [`MsrError::Unknown`] with the first one KVM refuses.
+pub fn restore(vcpu: &VcpuFd, saved: &[kvm_msr_entry]) -> Result<(), MsrError> {
+    for entry in saved {
+        let msrs = Msrs::from_entries(std::slice::from_ref(entry)).map_err(|_| MsrError::TooMany)?;
+        match vcpu.set_msrs(&msrs) {
+            Ok(1) => {}
+            // What can only be read has not changed: it is the same processor.
+            _ if read(vcpu, entry.index) == Some(entry.data) => {}
+            Ok(_) => return Err(MsrError::Unknown { index: entry.index }),
+            Err(error) => return Err(MsrError::Set(error.into())),
+        }
+    }
+    Ok(())
 }

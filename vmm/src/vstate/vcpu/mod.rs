@@ -98,13 +98,14 @@ impl Vcpu {
             .name(name)
             .stack_size(STACK_BYTES)
             .spawn(move || {
-                let stop = Arc::clone(&self.context.stop);
+                let mut vcpu = self;
+                let presence = Presence::begin(&mut vcpu);
                 let reason = match confine() {
-                    Ok(()) => self.run(),
+                    Ok(()) => vcpu.serve(),
                     Err(message) => Some(StopReason::VmmFailed { message }),
                 };
                 if let Some(reason) = reason {
-                    stop.report(reason);
+                    presence.stop.report(reason);
                 }
             })
     }
@@ -114,14 +115,6 @@ impl Vcpu {
     }
 
     /// Runs until told to stop (`None`) or the microVM stops.
-    fn run(mut self) -> Option<StopReason> {
-        let control = Arc::clone(&self.context.vcpus[usize::from(self.index)]);
-        begin::register(&control, &mut self.fd);
-        let reason = self.serve();
-        control.end();
-        reason
-    }
-
     fn serve(&mut self) -> Option<StopReason> {
         loop {
             match self.control().take_work() {
@@ -305,19 +298,42 @@ fn note_unclaimed(context: &VcpuContext, what: &'static str, address: u64) {
     }
 }
 
+/// A vCPU's thread is there and can be interrupted. Dropped before the vCPU, however the thread ends.
+struct Presence {
+    control: Arc<VcpuControl>,
+    stop: Arc<StopSignal>,
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        self.control.end();
+        if thread::panicking() {
+            let message = "a vCPU thread panicked".to_owned();
+            self.stop.report(StopReason::VmmFailed { message });
+        }
+    }
+}
+
 #[expect(
     unsafe_code,
     reason = "the thread vouches for the lifetime of its kvm_run page"
 )]
 mod begin {
-    use super::control::{VcpuControl, kick};
-    use kvm_ioctls::VcpuFd;
+    use super::{Arc, Presence, Vcpu, control::kick};
 
-    /// Lets others interrupt this thread.
-    pub(super) fn register(control: &VcpuControl, fd: &mut VcpuFd) {
-        // SAFETY: `Vcpu::run` calls `VcpuControl::end`, which drops the target, before it drops the vCPU and returns.
-        if let Some(target) = unsafe { kick::Target::of_this_thread(fd) } {
-            control.begin(target);
+    impl Presence {
+        /// Lets others interrupt the calling thread, which runs `vcpu` and must drop the result before it.
+        pub(super) fn begin(vcpu: &mut Vcpu) -> Self {
+            let control = Arc::clone(&vcpu.context.vcpus[usize::from(vcpu.index)]);
+            // SAFETY: `VcpuControl::end` drops the target. The one caller, `Vcpu::spawn`, declares the vCPU before the
+            // presence, so that the presence is dropped first, on a panic too.
+            if let Some(target) = unsafe { kick::Target::of_this_thread(&mut vcpu.fd) } {
+                control.begin(target);
+            }
+            Self {
+                control,
+                stop: Arc::clone(&vcpu.context.stop),
+            }
         }
     }
 }
