@@ -11,6 +11,8 @@ use vm_memory::{GuestAddress, GuestMemoryError};
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448;
 const LOADER_UNDEFINED: u8 = 0xff;
+/// `loadflags`: the kernel may randomise where it lays out its memory.
+const KASLR_FLAG: u8 = 1 << 1;
 const KERNEL_ALIGNMENT: u32 = 0x100_0000;
 
 /// Writes `struct boot_params`.
@@ -22,11 +24,15 @@ pub(super) fn write_zero_page(
     ram: &GuestRam,
     cmdline: &str,
     initrd: Option<Initrd>,
+    randomise: bool,
 ) -> Result<(), GuestMemoryError> {
     let mut params = boot_params::default();
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.boot_flag = BOOT_FLAG;
     params.hdr.header = HEADER_MAGIC;
+    if randomise {
+        params.hdr.loadflags |= KASLR_FLAG;
+    }
     params.hdr.kernel_alignment = KERNEL_ALIGNMENT;
     params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
     params.hdr.cmdline_size = cmdline.len() as u32 + 1;

@@ -102,7 +102,10 @@ pub fn load(ram: &GuestRam, source: BootSource<'_>) -> Result<Entry, BootError> 
     mptable::write(ram, source.vcpu_count)?;
     let address = match source.protocol {
         BootProtocol::Linux64 | BootProtocol::Firecracker => {
-            linux::write_zero_page(ram, source.cmdline, initrd)?;
+            // The decompressor decides on this in a bzImage; a vmlinux has none, and other VMMs leave it out.
+            let randomise = source.protocol == BootProtocol::Linux64
+                && !source.cmdline.split_whitespace().any(|word| word == "nokaslr");
+            linux::write_zero_page(ram, source.cmdline, initrd, randomise)?;
             kernel.entry
         }
         BootProtocol::Pvh => {
