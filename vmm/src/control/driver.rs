@@ -83,7 +83,7 @@ pub struct Driver {
     jail_us: u64,
     /// Bound on file sizes, set when the guest starts.
     largest_disk_bytes: u64,
-    /// The guest has started and the event loop has given up what it needed before.
+    /// The event loop has given up what only building needed.
     narrowed: bool,
 }
 
@@ -155,7 +155,6 @@ impl Driver {
     pub fn run(&mut self) -> Result<StopReason, DriverError> {
         loop {
             self.serve_queue();
-            self.narrow()?;
             if let Some(reason) = self.stop.reason().cloned() {
                 self.finish(&reason);
                 return Ok(reason);
@@ -192,9 +191,9 @@ impl Driver {
         }
     }
 
-    /// Gives up, once the guest runs, what only building it needed.
+    /// Gives up, before the guest runs, what only building it needed.
     fn narrow(&mut self) -> Result<(), DriverError> {
-        if self.narrowed || !matches!(self.state, State::Running(_)) || !self.filters.is_confined() {
+        if self.narrowed || !self.filters.is_confined() {
             return Ok(());
         }
         limits::bound_file_size(self.largest_disk_bytes)?;
@@ -256,19 +255,23 @@ impl Driver {
     /// Runs the configured microVM.
     ///
     /// # Errors
-    /// In any other state.
+    /// In any other state, or if the event loop can't be confined for it.
     pub fn start(&mut self) -> Result<ResponseBody, ApiError> {
-        match std::mem::replace(&mut self.state, State::Unconfigured) {
+        if !matches!(self.state, State::Configured(_)) {
+            return Err(self.wrong_state("start"));
+        }
+        self.narrow().map_err(|error| ApiError {
+            code: ErrorCode::Host,
+            message: chain(&error),
+        })?;
+        self.state = match std::mem::replace(&mut self.state, State::Unconfigured) {
             State::Configured(microvm) => {
                 microvm.resume();
-                self.state = State::Running(microvm);
-                Ok(ResponseBody::Done)
+                State::Running(microvm)
             }
-            other => {
-                self.state = other;
-                Err(self.wrong_state("start"))
-            }
-        }
+            other => other,
+        };
+        Ok(ResponseBody::Done)
     }
 
     fn pause(&mut self) -> Result<ResponseBody, ApiError> {

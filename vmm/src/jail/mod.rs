@@ -12,7 +12,7 @@
 //!   capabilities              all five sets empty
 //!   no_new_privs
 //!   Landlock                  no file, no network, no signal or abstract socket out, where the kernel has it
-//!   seccomp                   by each thread for itself: [`seccomp`]; narrower once the guest starts
+//!   seccomp                   by each thread for itself: [`seccomp`]; narrower before the guest starts
 //! ```
 //!
 //! Thread: the only one, before any other is started; all later threads inherit everything.
