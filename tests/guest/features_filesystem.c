@@ -139,6 +139,8 @@ static const char *ext4_read_and_write(void)
 		NEED(from >= 0 && to >= 0);
 		while ((length = read(from, block, sizeof(block))) > 0)
 			NEED(write(to, block, length) == length);
+		close(from);
+		close(to);
 		NEED(!mount(path, image, "erofs", MS_RDONLY, NULL));
 		NEED(!umount(image));
 	}

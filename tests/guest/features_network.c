@@ -375,7 +375,7 @@ static const char *socket_families(void)
 		{ AF_XDP, SOCK_RAW, 0, "xdp" },		    { AF_ALG, SOCK_SEQPACKET, 0, "alg" },
 		{ AF_NETLINK, SOCK_RAW, NETLINK_SOCK_DIAG, "diag" },
 		{ AF_NETLINK, SOCK_RAW, NETLINK_KOBJECT_UEVENT, "uevent" },
-		{ AF_INET, SOCK_STREAM, 262 /* MPTCP */, "mptcp" },
+
 	};
 
 	write_file("/proc/sys/net/ipv4/ping_group_range", "0 0");
