@@ -23,6 +23,7 @@ pub mod control;
 pub mod device_manager;
 pub mod devices;
 pub mod jail;
+pub mod log;
 pub mod report;
 pub mod stop;
 pub mod vstate;

@@ -13,7 +13,6 @@ use std::{
     process::ExitCode,
     time::Instant,
 };
-use tracing_subscriber::EnvFilter;
 use vmm::{
     allocator,
     cli::{self, Command, Identity, Mode},
@@ -27,6 +26,7 @@ use vmm::{
         seccomp::{Filters, Role},
         signals,
     },
+    log,
     report::standalone_report,
     vstate::kvm::KvmHost,
 };
@@ -75,11 +75,11 @@ fn main() -> ExitCode {
     match result {
         Ok(StopReason::GuestShutdown | StopReason::Requested) => ExitCode::SUCCESS,
         Ok(StopReason::VcpuFailed { message } | StopReason::VmmFailed { message }) => {
-            eprintln!("hull-vmm: the microVM failed: {message}");
+            log::complain(&format!("the microVM failed: {message}"));
             ExitCode::from(EXIT_VMM_ERROR)
         }
         Err(Failure { status, message }) => {
-            eprintln!("hull-vmm: {message}");
+            log::complain(&message);
             ExitCode::from(status)
         }
     }
@@ -99,7 +99,7 @@ fn run(mode: Mode, identity: Identity, jailed: bool, process_start: Instant) -> 
     };
     fds::close_all_but(keep).map_err(|error| failed(&error))?;
     signals::ignore_write_signals().map_err(|error| failed(&error))?;
-    init_logging();
+    log::init();
     let source = open(mode)?;
     let host = KvmHost::open().map_err(|error| failed(&error))?;
     let filters = if jailed {
@@ -115,15 +115,6 @@ fn run(mode: Mode, identity: Identity, jailed: bool, process_start: Instant) -> 
         Source::Control(endpoint) => serve(endpoint, host, filters, process_start),
         Source::Standalone(spec) => run_standalone(*spec, host, filters, process_start),
     }
-}
-
-fn init_logging() {
-    let filter = EnvFilter::try_from_env("HULL_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt()
-        .with_writer(io::stderr)
-        .with_env_filter(filter)
-        .with_ansi(false)
-        .init();
 }
 
 fn open(mode: Mode) -> Result<Source, Failure> {

@@ -331,3 +331,58 @@ fn killing_at_any_moment_of_a_start_leaves_nothing_running() {
         assert!(!std::path::Path::new(&format!("/proc/{}/task", vmm.pid())).exists());
     }
 }
+
+/// A guest that causes log lines without end, and counts on the console.
+fn noisy_guest() -> Guest {
+    // 1: mov dx, 0x700; out dx, al; inc ecx; test cl, 0x3f; jne 1b; '.'; jmp 1b
+    let code = Code::new().raw(&[
+        0x66, 0xba, 0x00, 0x07, 0xee, 0xff, 0xc1, 0xf6, 0xc1, 0x3f, 0x75, 0xf4,
+    ]);
+    Guest::new(&code.print(".").raw(&[0xeb, 0xeb]))
+}
+
+/// Leaves no room in a pipe.
+fn fill(pipe: &std::io::PipeWriter) {
+    use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+    let flags = fcntl_getfl(pipe).unwrap();
+    fcntl_setfl(pipe, flags | OFlags::NONBLOCK).unwrap();
+    while rustix::io::write(pipe, &[b'x'; 512]).is_ok() {}
+    fcntl_setfl(pipe, flags).unwrap();
+}
+
+#[test]
+fn stderr_that_nobody_reads_or_that_is_closed_hinders_nothing() {
+    if !kvm_is_usable() {
+        return;
+    }
+    for close in [true, false] {
+        let guest = noisy_guest();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (reader, writer) = std::io::pipe().unwrap();
+        fill(&writer);
+        let mut command = Command::new(support::VMM);
+        command
+            .args(["--control-fd", "3"])
+            .env("HULL_LOG", "trace")
+            .stdin(Stdio::null())
+            .stderr(writer);
+        support::inherit_as(&mut command, theirs.into(), 3);
+        let mut child = command.spawn().unwrap();
+        drop(command);
+        let _reader = (!close).then_some(reader);
+        let mut client = Client::from_stream(ours);
+        client.set_timeout(Some(support::TIMEOUT));
+        let (config, fds) = guest.wire();
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        client
+            .call(RequestBody::Configure(Box::new(config)), &fds)
+            .unwrap();
+        client.call(RequestBody::Start, &[]).unwrap();
+        guest.wait_for_console("....................");
+        for _ in 0..2000 {
+            client.call(RequestBody::State, &[]).unwrap();
+        }
+        client.call(RequestBody::Shutdown, &[]).unwrap();
+        assert!(support::wait(&mut child).success(), "closed: {close}");
+    }
+}

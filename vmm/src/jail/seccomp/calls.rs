@@ -31,6 +31,9 @@ const EVERY_THREAD: &[Call] = &[
     (libc::SYS_read, Always),
     (libc::SYS_write, Always),
     (libc::SYS_writev, Always),
+    // Whether stderr takes a log line now.
+    (libc::SYS_poll, Always),
+    (libc::SYS_ppoll, Always),
     (libc::SYS_close, Always),
     // The standard library of a debug build checks descriptors before it closes them.
     (libc::SYS_fcntl, OneOf(1, &[libc::F_GETFD.unsigned_abs() as u64])),
@@ -115,8 +118,6 @@ const VCPU: &[Call] = &[
 
 /// The control socket.
 const CONTROL: &[Call] = &[
-    (libc::SYS_poll, Always),
-    (libc::SYS_ppoll, Always),
     (libc::SYS_accept4, Always),
     (libc::SYS_recvmsg, Always),
     (libc::SYS_sendmsg, Always),
