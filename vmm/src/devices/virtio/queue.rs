@@ -206,8 +206,8 @@ pub struct Virtqueue {
     mem: Arc<GuestRam>,
     interrupt: Arc<dyn Interrupt>,
     index: u16,
-    /// Buffers were returned since the driver was last considered for an interrupt.
-    unsignalled: bool,
+    /// Buffers returned since the driver was last considered for an interrupt.
+    unsignalled: u16,
 }
 
 impl Virtqueue {
@@ -218,7 +218,7 @@ impl Virtqueue {
             mem,
             interrupt,
             index,
-            unsignalled: false,
+            unsignalled: 0,
         }
     }
 
@@ -299,15 +299,20 @@ impl Virtqueue {
 
     /// Returns a chain to the driver with the number of bytes written to it.
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        self.unsignalled = true;
+        self.unsignalled = self.unsignalled.saturating_add(1);
         self.queue
             .add_used(&*self.mem, head, written)
             .map_err(QueueError::Ring)
     }
 
+    /// Chains completed since the last [`Virtqueue::signal`].
+    pub fn unsignalled(&self) -> u16 {
+        self.unsignalled
+    }
+
     /// Interrupts the driver if it wants to know of what has been completed since the last call.
     pub fn signal(&mut self) -> Result<(), QueueError> {
-        if std::mem::take(&mut self.unsignalled)
+        if std::mem::take(&mut self.unsignalled) > 0
             && self
                 .queue
                 .needs_notification(&*self.mem)

@@ -338,6 +338,18 @@ impl Backend {
         }
     }
 
+    /// Tells the guest of all progress it doesn't know of.
+    pub(super) fn tell_progress(&mut self) {
+        let behind: Vec<Handle> = self
+            .table
+            .connections()
+            .filter_map(|(handle, connection)| connection.tell_progress().then_some(handle))
+            .collect();
+        for handle in behind {
+            self.make_ready(handle);
+        }
+    }
+
     /// Closes a socket and forgets it.
     pub(super) fn remove(&mut self, handle: Handle) {
         if let Some(Entry::Connection(mut connection)) = self.table.remove(handle) {

@@ -23,8 +23,8 @@ use super::queues::{MAX_BATCH, Payload};
 /// Credit given to the guest on each connection, in bytes.
 pub const BUF_ALLOC: u32 = 256 * 1024;
 
-/// Progress made without telling the guest before it is told on its own.
-const UPDATE_STEP: u32 = BUF_ALLOC / 4;
+/// Progress after which the guest is told at once.
+const UPDATE_STEP: u32 = BUF_ALLOC / 2;
 
 /// Where the connection stands with the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -195,10 +195,15 @@ impl Connection {
 
     /// Whether the guest should hear how far its data has got, though nothing else is due.
     pub fn credit_update_due(&self) -> bool {
-        let believed_free = BUF_ALLOC - self.received.wrapping_sub(self.announced).min(BUF_ALLOC);
-        let news = self.forwarded.wrapping_sub(self.announced);
         self.state == State::Established
-            && (self.due.credit_update || (believed_free < BUF_ALLOC / 2 && news >= UPDATE_STEP))
+            && (self.due.credit_update || self.forwarded.wrapping_sub(self.announced) >= UPDATE_STEP)
+    }
+
+    /// Makes any progress due to be told. A guest may stop long before its credit is used up, as Linux does when its own
+    /// buffer is the smaller one, so that no amount of progress is too little in the long run.
+    pub fn tell_progress(&mut self) -> bool {
+        self.due.credit_update |= self.forwarded != self.announced;
+        self.credit_update_due()
     }
 
     /// The socket has come to its end: nothing more will be sent.
@@ -285,6 +290,7 @@ impl Connection {
         if self.backlog_len() == 0 {
             self.backlog = Vec::new();
             self.backlog_start = 0;
+            self.tell_progress();
         } else if self.backlog_start > self.backlog.len() / 2 {
             self.backlog.drain(..self.backlog_start);
             self.backlog_start = 0;

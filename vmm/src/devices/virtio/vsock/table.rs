@@ -138,6 +138,17 @@ impl Table {
         }
     }
 
+    /// All connections.
+    pub fn connections(&mut self) -> impl Iterator<Item = (Handle, &mut Connection)> {
+        (0..).zip(&mut self.slots).filter_map(|(index, slot)| {
+            let generation = slot.generation;
+            match slot.entry.as_mut()? {
+                Entry::Connection(connection) => Some((Handle { index, generation }, connection)),
+                Entry::Greeting { .. } => None,
+            }
+        })
+    }
+
     /// Turns a greeting into the connection that `make` makes of its socket.
     pub fn promote(&mut self, handle: Handle, make: impl FnOnce(UnixStream) -> Connection) {
         if self.entry(handle).is_none() {

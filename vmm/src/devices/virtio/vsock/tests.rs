@@ -467,6 +467,47 @@ fn no_more_is_sent_than_the_guest_has_room_for() {
 }
 
 #[test]
+fn a_guest_with_a_small_buffer_of_its_own_hears_of_any_progress() {
+    let mut guest = Guest::ready(vec![]);
+    let (mut host, port) = guest.establish(1);
+    guest.send_data(port, 1, b"abc");
+    assert_eq!(read_some(&mut host, 3), b"abc");
+    assert_eq!(guest.expect(Op::CreditUpdate).0.fwd_cnt, 3);
+    // The same after a reader that was slow.
+    let chunk = vec![1; 32768];
+    let mut sent = 3;
+    while guest.metric("tx_buffered_bytes") == 0 {
+        guest.send_data(port, 1, &chunk);
+        sent += chunk.len();
+        guest.packets();
+    }
+    let reader = thread::spawn(move || {
+        read_some(&mut host, sent - 3);
+        host
+    });
+    let mut told = 0;
+    while told != sent as u32 {
+        told = guest.expect(Op::CreditUpdate).0.fwd_cnt;
+    }
+    let _host = reader.join().unwrap();
+    guest.expect_silence();
+}
+
+#[test]
+fn packets_of_the_guest_are_reported_in_bulk_or_after_a_while() {
+    let mut guest = Guest::ready(vec![]);
+    let (mut host, port) = guest.establish(1);
+    guest.driver.run_until(|driver| driver.take_interrupts() > 0);
+    thread::sleep(Duration::from_millis(5));
+    guest.driver.run();
+    guest.driver.take_interrupts();
+    guest.send_data(port, 1, b"x");
+    assert_eq!(guest.driver.take_interrupts(), 0, "nothing that is urgent");
+    read_some(&mut host, 1);
+    guest.driver.run_until(|driver| driver.take_interrupts() > 0);
+}
+
+#[test]
 fn without_guest_buffers_nothing_is_lost_and_nothing_spins() {
     let mut guest = Guest::new(vec![]);
     let mut host = guest.connect_host();
