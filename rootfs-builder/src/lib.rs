@@ -16,6 +16,8 @@ mod image;
 pub mod layer;
 mod limits;
 mod progress;
+#[cfg(feature = "registry")]
+pub mod registry;
 mod store;
 pub mod tar;
 

@@ -3,6 +3,11 @@
 /// Watches an import. Called on the importing thread, some thousand times for each gigabyte.
 pub trait Progress {
     fn event(&self, event: ProgressEvent<'_>);
+
+    /// So much of the layer `index` came from the registry; told some ten times a second while a pull waits.
+    fn fetched(&self, index: usize, bytes_done: u64, bytes: u64) {
+        let _ = (index, bytes_done, bytes);
+    }
 }
 
 /// What happens during an import, in this order.

@@ -14,6 +14,8 @@ use std::io;
 use std::path::PathBuf;
 
 pub use config::ImageConfig;
+#[cfg(feature = "registry")]
+pub(crate) use oci::{blob_name, open_manifest, platform_manifest};
 pub use source::ImageSource;
 pub(crate) use storage::Storage;
 

@@ -26,6 +26,48 @@ pub(super) fn open(storage: Storage, tag: Option<&str>, limits: &Limits) -> Resu
     let candidates = tagged(index.manifests(), tag)?;
     let suggested_name = suggested_name(&storage, tag, candidates.first());
     let (manifest_digest, manifest) = descend(&storage, candidates, limits)?;
+    describe(storage, manifest_digest, &manifest, suggested_name, limits)
+}
+
+/// The image of a manifest that is in the storage already, checked.
+#[cfg(feature = "registry")]
+pub(crate) fn open_manifest(
+    storage: Storage,
+    digest: &Digest,
+    suggested_name: String,
+    limits: &Limits,
+) -> Result<OpenImage, ImageError> {
+    let bytes = storage.read_document(&blob_name(digest), limits)?;
+    let name = digest.to_string();
+    match Shape::of(&bytes, &name)? {
+        Shape::Manifest => describe(
+            storage,
+            digest.clone(),
+            &parse(&bytes, &name)?,
+            suggested_name,
+            limits,
+        ),
+        Shape::Index => Err(ImageError::Invalid {
+            name,
+            problem: "an index where a manifest should be",
+        }),
+    }
+}
+
+/// The manifest for this machine among those of an index.
+#[cfg(feature = "registry")]
+pub(crate) fn platform_manifest(manifests: &[Descriptor]) -> Result<Digest, ImageError> {
+    digest_of(for_this_machine(manifests)?, "the index")
+}
+
+/// Configuration and layers of a manifest.
+fn describe(
+    storage: Storage,
+    manifest_digest: Digest,
+    manifest: &ImageManifest,
+    suggested_name: String,
+    limits: &Limits,
+) -> Result<OpenImage, ImageError> {
     if !is_config(manifest.config().media_type()) {
         return Err(ImageError::MediaType {
             media_type: manifest.config().media_type().to_string(),
@@ -38,7 +80,7 @@ pub(super) fn open(storage: Storage, tag: Option<&str>, limits: &Limits) -> Resu
         name: id.to_string(),
         problem: "not UTF-8 text",
     })?;
-    let layers = layers(&manifest, diff_ids, limits)?;
+    let layers = layers(manifest, diff_ids, limits)?;
     Ok(OpenImage {
         storage,
         id,
@@ -255,7 +297,8 @@ fn digest_of(descriptor: &Descriptor, place: &'static str) -> Result<Digest, Ima
         .map_err(|source| ImageError::Digest { place, source })
 }
 
-fn blob_name(digest: &Digest) -> String {
+/// Where in a layout a blob is.
+pub(crate) fn blob_name(digest: &Digest) -> String {
     format!("blobs/{}/{}", digest.algorithm_name(), digest.hex())
 }
 

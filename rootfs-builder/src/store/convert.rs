@@ -22,14 +22,21 @@ pub(super) fn layers(
     image: &OpenImage,
     progress: &dyn Progress,
 ) -> Result<Vec<ImageLayer>, Error> {
+    layers_when(directories, limits, image, progress, &|_| Ok(()))
+}
+
+/// As [`layers`], where a layer's blob is only there once `ready` returned for it.
+pub(super) fn layers_when(
+    directories: &Directories,
+    limits: Limits,
+    image: &OpenImage,
+    progress: &dyn Progress,
+    ready: &dyn Fn(usize) -> Result<(), Error>,
+) -> Result<Vec<ImageLayer>, Error> {
     let mut done: Vec<ImageLayer> = Vec::with_capacity(image.layers.len());
     let mut chain: Option<Digest> = None;
     for (index, source) in image.layers.iter().enumerate() {
-        // As the image specification defines a chain's id.
-        let chained = match &chain {
-            None => source.diff_id.clone(),
-            Some(below) => Digest::sha256_of(format!("{below} {}", source.diff_id).as_bytes()),
-        };
+        let chained = chain_id(chain.as_ref(), &source.diff_id);
         let job = Job {
             directories,
             limits,
@@ -38,6 +45,7 @@ pub(super) fn layers(
             index,
             chain: &chained,
             progress,
+            ready,
         };
         let (key, record) = job.run(&done)?;
         done.push(ImageLayer {
@@ -51,6 +59,46 @@ pub(super) fn layers(
     Ok(done)
 }
 
+/// The layers that are not in the store: index in the image, blob's digest and size.
+#[cfg(feature = "registry")]
+pub(super) fn missing(directories: &Directories, image: &OpenImage) -> Vec<(usize, Digest, u64)> {
+    let mut missing = Vec::new();
+    let mut chain: Option<Digest> = None;
+    for (index, source) in image.layers.iter().enumerate() {
+        let chained = chain_id(chain.as_ref(), &source.diff_id);
+        let keys = [own_key(&source.diff_id), chain_key(&chained)];
+        let present = keys
+            .iter()
+            .any(|key| matches!(directories.layer(key), Ok(Some(_))));
+        chain = Some(chained);
+        let listed = missing
+            .iter()
+            .any(|(_, digest, _)| Some(digest) == source.blob.as_ref().map(|(digest, _)| digest));
+        if let Some((digest, size)) = source.blob.as_ref().filter(|_| !present && !listed) {
+            missing.push((index, digest.clone(), *size));
+        }
+    }
+    missing
+}
+
+/// A chain's id, as the image specification defines it.
+fn chain_id(below: Option<&Digest>, diff_id: &Digest) -> Digest {
+    match below {
+        None => diff_id.clone(),
+        Some(below) => Digest::sha256_of(format!("{below} {diff_id}").as_bytes()),
+    }
+}
+
+/// The key of a layer that depends on nothing but itself.
+fn own_key(diff_id: &Digest) -> String {
+    format!("{}-{}", diff_id.algorithm_name(), diff_id.hex())
+}
+
+/// The key of a layer that depends on those below.
+fn chain_key(chain: &Digest) -> String {
+    format!("chain-{}", chain.hex())
+}
+
 /// One layer of an image.
 struct Job<'a> {
     directories: &'a Directories,
@@ -60,6 +108,7 @@ struct Job<'a> {
     index: usize,
     chain: &'a Digest,
     progress: &'a dyn Progress,
+    ready: &'a dyn Fn(usize) -> Result<(), Error>,
 }
 
 impl Job<'_> {
@@ -67,8 +116,9 @@ impl Job<'_> {
         if let Some(found) = self.present()? {
             return Ok(found);
         }
+        (self.ready)(self.index)?;
         // One process converts, others who want the same layer wait and then find it.
-        let _lock = self.directories.lock_layer(&self.own_key())?;
+        let _lock = self.directories.lock_layer(&own_key(&self.source.diff_id))?;
         if let Some(found) = self.present()? {
             return Ok(found);
         }
@@ -91,22 +141,8 @@ impl Job<'_> {
         Ok(found)
     }
 
-    /// The key of a layer that depends on nothing but itself.
-    fn own_key(&self) -> String {
-        format!(
-            "{}-{}",
-            self.source.diff_id.algorithm_name(),
-            self.source.diff_id.hex()
-        )
-    }
-
-    /// The key of a layer that depends on those below.
-    fn chain_key(&self) -> String {
-        format!("chain-{}", self.chain.hex())
-    }
-
     fn present(&self) -> Result<Option<(String, LayerRecord)>, Error> {
-        for key in [self.own_key(), self.chain_key()] {
+        for key in [own_key(&self.source.diff_id), chain_key(self.chain)] {
             // A record that can't be read counts as none: the layer is converted again.
             if let Ok(Some(record)) = self.directories.layer(&key) {
                 let digest = self.source.digest().to_string();
@@ -171,9 +207,9 @@ impl Job<'_> {
             .map_err(refused)?;
 
         let key = if conversion.depends_on_lower {
-            self.chain_key()
+            chain_key(self.chain)
         } else {
-            self.own_key()
+            own_key(&self.source.diff_id)
         };
         let record = LayerRecord::new(&self.source.diff_id, &conversion);
         self.directories

@@ -19,6 +19,8 @@ const RECORD_SUFFIX: &str = ".json";
 pub(super) struct Directories {
     root: PathBuf,
     pub temporary: PathBuf,
+    /// Only there once something was pulled.
+    pub downloads: PathBuf,
     layers: PathBuf,
     images: PathBuf,
     names: PathBuf,
@@ -30,6 +32,7 @@ impl Directories {
         let directories = Self {
             root: root.to_path_buf(),
             temporary: root.join("tmp"),
+            downloads: root.join("downloads"),
             layers: root.join("layers"),
             images: root.join("images"),
             names: root.join("names"),
@@ -228,6 +231,14 @@ pub(super) fn remove_leftovers(directories: &Directories) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Remove what pulls that broke off have fetched. Only with the exclusive lock.
+pub(super) fn remove_downloads(directories: &Directories) -> Result<(), Error> {
+    match fs::remove_dir_all(&directories.downloads) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(&directories.downloads)(error)),
+        _ => Ok(()),
+    }
 }
 
 /// Remove a file that may be gone already.

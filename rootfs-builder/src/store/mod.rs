@@ -6,6 +6,7 @@
 //!   tmp/              half-made files, and a lock for each layer under conversion
 //!   layers/KEY.erofs  a converted layer    layers/KEY.json   what is known of it; its presence makes the layer count
 //!   images/ID.json    an image             names/NAME        the id an image's name stands for
+//!   downloads/        blobs on their way from a registry, kept if a pull breaks off
 //! ```
 //!
 //! Owner: whichever processes use it; there is no daemon. Everything becomes visible by one rename, after it reached the disk.
@@ -19,6 +20,8 @@ mod convert;
 mod files;
 mod mounts;
 mod name;
+#[cfg(feature = "registry")]
+mod pull;
 mod record;
 
 use std::collections::BTreeSet;
@@ -43,6 +46,12 @@ pub enum Error {
     Store { path: PathBuf, source: io::Error },
     #[error("cannot import {image}")]
     Image { image: String, source: ImageError },
+    #[cfg(feature = "registry")]
+    #[error("cannot pull {image}")]
+    Pull {
+        image: String,
+        source: crate::registry::RegistryError,
+    },
     #[error("layer {digest} is refused")]
     Layer { digest: String, source: LayerError },
     #[error("no image {name:?} is in the store")]
@@ -264,6 +273,7 @@ impl Store {
     pub fn prune(&self, keep_ids: &[String]) -> Result<Pruned, Error> {
         let _lock = StoreLock::exclusive(&self.directories)?;
         files::remove_leftovers(&self.directories)?;
+        files::remove_downloads(&self.directories)?;
         let named: BTreeSet<String> = self.names()?.into_iter().map(|(_, id)| id).collect();
         let mut images = 0;
         for record in self.records()? {

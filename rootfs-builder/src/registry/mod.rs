@@ -1,0 +1,69 @@
+//! Pulling images from a registry, over the OCI distribution protocol.
+//!
+//! Owner: the process that pulls; a few threads fetch layers while the importing thread converts those that are there. Nothing a
+//! registry says is trusted more than an image file: documents are bounded and checked against their digests before they are read,
+//! layers while they are converted.
+//!
+//! A layer that was fetched in part stays in the store's `downloads/`, and the next pull goes on where it stopped.
+//!
+//! There is no default registry: a reference names its host.
+
+mod auth;
+mod client;
+mod download;
+mod reference;
+
+use std::io;
+use std::path::PathBuf;
+
+pub use auth::Credentials;
+pub(crate) use client::Client;
+pub(crate) use download::{Downloads, Fetching};
+pub use reference::Reference;
+
+use crate::image::ImageError;
+
+/// Why an image can't be pulled.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    #[error("{text:?} is no reference to an image in a registry: {problem}")]
+    Reference { text: String, problem: &'static str },
+    #[error("cannot reach {registry}")]
+    Connect {
+        registry: String,
+        source: Box<ureq::Error>,
+    },
+    #[error("{registry} wants credentials: log in first")]
+    LoginNeeded { registry: String },
+    #[error("{registry} refuses the credentials, or access to {repository}")]
+    Denied { registry: String, repository: String },
+    #[error("{registry} does not have {what}")]
+    NotFound { registry: String, what: String },
+    #[error("{registry} answered {status} to a request for {what}")]
+    Status {
+        registry: String,
+        status: u16,
+        what: String,
+    },
+    #[error("{registry} answered something that makes no sense: {problem}")]
+    Answer { registry: String, problem: &'static str },
+    #[error("{registry} would have credentials sent unprotected to {realm:?}")]
+    UnprotectedCredentials { registry: String, realm: String },
+    #[error("{what} broke off after {bytes} bytes")]
+    Interrupted {
+        what: String,
+        bytes: u64,
+        source: io::Error,
+    },
+    #[error("cannot write {path}")]
+    Write { path: PathBuf, source: io::Error },
+    #[error("cannot read the credentials in {path}: {problem}")]
+    CredentialsFile { path: PathBuf, problem: String },
+    #[error("the image in the registry is unusable")]
+    Image {
+        #[from]
+        source: ImageError,
+    },
+    #[error("fetching was stopped because another layer failed")]
+    Stopped,
+}
