@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   main ── jail ──► control::driver (event-loop thread) ◄── control::queue ◄── control::server (its own thread) ◄── clients
-//!                        │ builder                                     
-//!                        ▼                                             
+//!                        │ builder
+//!                        ▼
 //!                    vstate::{vm, memory, vcpu}      devices on buses      device_manager: irqfd, ioeventfd
 //!                        one thread a vCPU ──exits──► devices::bus
 //! ```

@@ -365,4 +365,45 @@ mod tests {
             Err(ConfigError::DuplicateId { .. })
         ));
     }
+
+    proptest::proptest! {
+        #[test]
+        fn no_configuration_panics_the_validation(
+            vcpu_count: u8,
+            memory_mib: u64,
+            fds_named in proptest::collection::vec(0u32..6, 5),
+            id in ".{0,80}",
+            cid: u32,
+            ports in proptest::collection::vec(proptest::num::u32::ANY, 0..3),
+            read_only: bool,
+            queues: u16,
+        ) {
+            let fd = |index: usize| ResourceRef::Fd(fds_named[index]);
+            let config = VmConfig {
+                vcpu_count,
+                memory_mib,
+                kernel: fd(0),
+                initrd: Some(fd(1)),
+                blk: vec![BlkConfig {
+                    id,
+                    source: fd(2),
+                    read_only,
+                    serial: None,
+                    queues,
+                    io_engine: IoEngine::Auto,
+                }],
+                vsock: Some(vmm_api::VsockConfig {
+                    cid,
+                    listener: fd(3),
+                    guest_ports: ports
+                        .into_iter()
+                        .map(|port| vmm_api::GuestPortConfig { port, stream: fd(4) })
+                        .collect(),
+                }),
+                ..config()
+            };
+            // Files serve for none of the sockets, so nothing of this can be good.
+            proptest::prop_assert!(VmSpec::open(config, &mut fds(5)).is_err());
+        }
+    }
 }
