@@ -21,7 +21,14 @@ use crate::report::{RunContext, emit};
 
 /// Port of the boot timer, and the phases worth a figure.
 const MARK_PORT: u16 = 0x5b8;
-const PHASES: &[(u8, &str)] = &[(1, "entry"), (2, "start_kernel"), (3, "before_smp"), (4, "after_smp"), (6, "initcalls"), (7, "init")];
+const PHASES: &[(u8, &str)] = &[
+    (1, "entry"),
+    (2, "start_kernel"),
+    (3, "before_smp"),
+    (4, "after_smp"),
+    (6, "initcalls"),
+    (7, "init"),
+];
 /// A boot that takes longer has failed.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -85,17 +92,26 @@ pub fn run(args: &BootArgs, out: &Path) -> Result<()> {
             vcpus,
             directory: directory.path(),
         };
-        let mut contenders =
-            vec![Contender { name: "hull-vmm".to_owned(), run: Box::new(|| hull(&guest)) }];
+        let mut contenders = vec![Contender {
+            name: "hull-vmm".to_owned(),
+            run: Box::new(|| hull(&guest)),
+        }];
         if !args.hull_only {
-            contenders.push(Contender { name: "qemu-microvm".to_owned(), run: Box::new(|| qemu(&guest)) });
+            contenders.push(Contender {
+                name: "qemu-microvm".to_owned(),
+                run: Box::new(|| qemu(&guest)),
+            });
         }
         println!("boot, {vcpus} vCPU, {} MiB", args.memory_mib);
         let series = interleave(&mut contenders, args.warmup, args.rounds)?;
         let name = format!("boot-{vcpus}vcpu");
         let context = RunContext {
             benchmark: &name,
-            baseline: if args.hull_only { "hull-vmm" } else { "qemu-microvm" },
+            baseline: if args.hull_only {
+                "hull-vmm"
+            } else {
+                "qemu-microvm"
+            },
             guest_kernel: &crate::kernel_hash(&kernel),
             plotted: "spawn_to_exit_ms",
         };
@@ -145,11 +161,16 @@ fn hull(guest: &Guest<'_>) -> Result<Figures> {
     let timer = report.boot_timer;
     let mut figures = Figures::from([
         ("spawn_to_exit_ms".to_owned(), total),
-        ("main_to_first_run_ms".to_owned(), timer.main_to_first_run_us / 1000.0),
+        (
+            "main_to_first_run_ms".to_owned(),
+            timer.main_to_first_run_us / 1000.0,
+        ),
     ]);
     for mark in timer.marks {
         if let Some((_, name)) = PHASES.iter().find(|(phase, _)| *phase == mark.phase) {
-            figures.entry(format!("run_to_{name}_ms")).or_insert(mark.since_first_run_us / 1000.0);
+            figures
+                .entry(format!("run_to_{name}_ms"))
+                .or_insert(mark.since_first_run_us / 1000.0);
         }
     }
     Ok(figures)
@@ -160,19 +181,46 @@ fn qemu(guest: &Guest<'_>) -> Result<Figures> {
     let vcpus = guest.vcpus.to_string();
     let begin = Instant::now();
     let mut child = Command::new("qemu-system-x86_64")
-        .args(["-M", "microvm,accel=kvm,rtc=off,pit=on,pic=on,isa-serial=off", "-cpu", "host", "-m", &memory, "-smp", &vcpus])
-        .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-kernel"])
+        .args([
+            "-M",
+            "microvm,accel=kvm,rtc=off,pit=on,pic=on,isa-serial=off",
+            "-cpu",
+            "host",
+            "-m",
+            &memory,
+            "-smp",
+            &vcpus,
+        ])
+        .args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-kernel",
+        ])
         .arg(guest.kernel)
         .arg("-initrd")
         .arg(&guest.initramfs)
-        .args(["-append", &command_line(), "-chardev", "stdio,id=marks,signal=off"])
-        .args(["-device", &format!("isa-debugcon,iobase={MARK_PORT:#x},chardev=marks")])
+        .args([
+            "-append",
+            &command_line(),
+            "-chardev",
+            "stdio,id=marks,signal=off",
+        ])
+        .args([
+            "-device",
+            &format!("isa-debugcon,iobase={MARK_PORT:#x},chardev=marks"),
+        ])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
         .context("cannot start qemu-system-x86_64; `cargo xtask setup` installs it")?;
-    let marks = child.stdout.take().map(|out| std::thread::spawn(move || stamp(out, begin)));
+    let marks = child
+        .stdout
+        .take()
+        .map(|out| std::thread::spawn(move || stamp(out, begin)));
     let total = wait(&mut child, begin)?;
     let mut figures = Figures::from([("spawn_to_exit_ms".to_owned(), total)]);
     let stamped = marks.and_then(|thread| thread.join().ok()).unwrap_or_default();
@@ -192,7 +240,8 @@ fn stamp(mut from: impl Read, begin: Instant) -> BTreeMap<u8, f64> {
     let mut seen = BTreeMap::new();
     let mut byte = [0];
     while matches!(from.read(&mut byte), Ok(1)) {
-        seen.entry(byte[0]).or_insert_with(|| begin.elapsed().as_secs_f64() * 1000.0);
+        seen.entry(byte[0])
+            .or_insert_with(|| begin.elapsed().as_secs_f64() * 1000.0);
     }
     seen
 }
@@ -203,7 +252,10 @@ fn wait(child: &mut Child, begin: Instant) -> Result<f64> {
     let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
     let (done, watch) = std::sync::mpsc::channel::<()>();
     let dog = std::thread::spawn(move || {
-        if watch.recv_timeout(TIMEOUT).is_err_and(|e| e == std::sync::mpsc::RecvTimeoutError::Timeout) {
+        if watch
+            .recv_timeout(TIMEOUT)
+            .is_err_and(|e| e == std::sync::mpsc::RecvTimeoutError::Timeout)
+        {
             // The child has not been waited for yet, so the pid is still its own.
             nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).ok();
         }

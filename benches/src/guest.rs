@@ -28,7 +28,15 @@ pub fn initramfs(directory: &Path, what: Program) -> Result<PathBuf> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/init.S");
     let program = directory.join("init");
     let status = Command::new("gcc")
-        .args(["-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,noseparate-code", "-s", "-o"])
+        .args([
+            "-nostdlib",
+            "-static",
+            "-no-pie",
+            "-Wl,--build-id=none",
+            "-Wl,-z,noseparate-code",
+            "-s",
+            "-o",
+        ])
         .arg(&program)
         .args(matches!(what, Program::Idle).then_some("-DIDLE"))
         .arg(&source)
@@ -42,7 +50,10 @@ pub fn initramfs(directory: &Path, what: Program) -> Result<PathBuf> {
     let entry = |name: &str, mode: u32| newc::Builder::new(name).mode(mode).nlink(1);
     let inputs = vec![
         (entry("dev", S_IFDIR | 0o755), std::io::Cursor::new(Vec::new())),
-        (entry("dev/console", S_IFCHR | 0o600).rdev_major(5).rdev_minor(1), std::io::Cursor::new(Vec::new())),
+        (
+            entry("dev/console", S_IFCHR | 0o600).rdev_major(5).rdev_minor(1),
+            std::io::Cursor::new(Vec::new()),
+        ),
         (entry("init", S_IFREG | 0o755), std::io::Cursor::new(init)),
     ];
     let file = File::create(&archive).with_context(|| format!("cannot create {}", archive.display()))?;

@@ -36,8 +36,8 @@ pub fn interleave(contenders: &mut [Contender<'_>], warmup: u32, rounds: u32) ->
         let shift = usize::try_from(round).unwrap_or(0) % width;
         for offset in 0..contenders.len() {
             let contender = &mut contenders[(shift + offset) % width];
-            let figures =
-                (contender.run)().with_context(|| format!("contender {} failed in round {round}", contender.name))?;
+            let figures = (contender.run)()
+                .with_context(|| format!("contender {} failed in round {round}", contender.name))?;
             if round < warmup {
                 continue;
             }
@@ -73,7 +73,10 @@ mod tests {
 
     #[test]
     fn a_failing_contender_is_named() {
-        let mut contenders = [Contender { name: "bad".into(), run: Box::new(|| anyhow::bail!("no")) }];
+        let mut contenders = [Contender {
+            name: "bad".into(),
+            run: Box::new(|| anyhow::bail!("no")),
+        }];
         let error = interleave(&mut contenders, 0, 1).unwrap_err();
         assert!(format!("{error:#}").contains("contender bad failed in round 0"));
     }

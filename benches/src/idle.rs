@@ -54,7 +54,15 @@ pub fn run(args: &IdleArgs, out: &Path) -> Result<()> {
     let mut contenders = [
         Contender {
             name: "hull-vmm".to_owned(),
-            run: Box::new(|| watch(hull(&vmm, &kernel, &initramfs, directory.path(), args.memory_mib)?)),
+            run: Box::new(|| {
+                watch(hull(
+                    &vmm,
+                    &kernel,
+                    &initramfs,
+                    directory.path(),
+                    args.memory_mib,
+                )?)
+            }),
         },
         Contender {
             name: "qemu-microvm".to_owned(),
@@ -95,8 +103,24 @@ fn qemu(kernel: &Path, initramfs: &Path, memory_mib: u64) -> Result<Running> {
     let memory = memory_mib.to_string();
     spawn(
         Command::new("qemu-system-x86_64")
-            .args(["-M", "microvm,accel=kvm,rtc=off,pit=on,pic=on", "-cpu", "host", "-m", &memory, "-nodefaults"])
-            .args(["-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio", "-kernel"])
+            .args([
+                "-M",
+                "microvm,accel=kvm,rtc=off,pit=on,pic=on",
+                "-cpu",
+                "host",
+                "-m",
+                &memory,
+                "-nodefaults",
+            ])
+            .args([
+                "-no-user-config",
+                "-display",
+                "none",
+                "-no-reboot",
+                "-serial",
+                "stdio",
+                "-kernel",
+            ])
             .arg(kernel)
             .arg("-initrd")
             .arg(initramfs)
@@ -114,10 +138,13 @@ fn spawn(command: &mut Command) -> Result<Running> {
         .with_context(|| format!("cannot start {}", command.get_program().to_string_lossy()))?;
     let mut running = Running(child);
     let mut said = [0];
-    let Some(mut out) = running.0.stdout.take() else { bail!("no pipe") };
+    let Some(mut out) = running.0.stdout.take() else {
+        bail!("no pipe")
+    };
     // The firmware may speak first; the guest's program says "I" and nothing after.
     while said != *b"I" {
-        out.read_exact(&mut said).context("the guest never reached its program")?;
+        out.read_exact(&mut said)
+            .context("the guest never reached its program")?;
     }
     running.0.stdout = Some(out);
     Ok(running)
@@ -133,8 +160,14 @@ fn observe(running: Running, args: &IdleArgs) -> Result<Figures> {
     let after = scheduled(pid)?;
     let memory = memory(pid, args.memory_mib << 10)?;
     Ok(Figures::from([
-        ("cpu_percent".to_owned(), (after.cpu_ns - before.cpu_ns) / (seconds * 1e9) * 100.0),
-        ("wakeups_per_s".to_owned(), (after.switches - before.switches) / seconds),
+        (
+            "cpu_percent".to_owned(),
+            (after.cpu_ns - before.cpu_ns) / (seconds * 1e9) * 100.0,
+        ),
+        (
+            "wakeups_per_s".to_owned(),
+            (after.switches - before.switches) / seconds,
+        ),
         ("vmm_beside_guest_kib".to_owned(), memory.vmm_kib),
         ("guest_resident_kib".to_owned(), memory.guest_kib),
     ]))
@@ -147,7 +180,10 @@ struct Scheduled {
 
 /// Sums over all threads: time on a processor, and how often one was given.
 fn scheduled(pid: u32) -> Result<Scheduled> {
-    let mut sum = Scheduled { cpu_ns: 0.0, switches: 0.0 };
+    let mut sum = Scheduled {
+        cpu_ns: 0.0,
+        switches: 0.0,
+    };
     for task in fs::read_dir(format!("/proc/{pid}/task")).context("the VMM has gone")? {
         let text = fs::read_to_string(task?.path().join("schedstat")).context("the VMM's thread has gone")?;
         let mut fields = text.split_whitespace().map(str::parse::<f64>);
@@ -165,14 +201,19 @@ struct Memory {
 /// Proportional set size of everything but the guest's RAM, and of the RAM alone.
 fn memory(pid: u32, guest_kib: u64) -> Result<Memory> {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps")).context("cannot read the VMM's mappings")?;
-    let mut sum = Memory { vmm_kib: 0.0, guest_kib: 0.0 };
+    let mut sum = Memory {
+        vmm_kib: 0.0,
+        guest_kib: 0.0,
+    };
     let mut size_kib = 0;
     for line in text.lines() {
         let mut words = line.split_whitespace();
         match (words.next(), words.next().map(str::parse::<u64>)) {
             (Some("Size:"), Some(Ok(kib))) => size_kib = kib,
             // A mapping of at least the guest's size is its RAM: neighbours of the same kind may have been joined to it.
-            (Some("Pss:"), Some(Ok(kib))) if size_kib >= guest_kib => sum.guest_kib += f64::from(u32::try_from(kib)?),
+            (Some("Pss:"), Some(Ok(kib))) if size_kib >= guest_kib => {
+                sum.guest_kib += f64::from(u32::try_from(kib)?)
+            }
             (Some("Pss:"), Some(Ok(kib))) => sum.vmm_kib += f64::from(u32::try_from(kib)?),
             _ => {}
         }

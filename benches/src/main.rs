@@ -58,5 +58,8 @@ fn artifact(variable: &str) -> Result<PathBuf> {
 /// The folder a guest kernel lies in is named by the hash of its inputs.
 fn kernel_hash(kernel: &Path) -> String {
     let real = kernel.canonicalize().unwrap_or_else(|_| kernel.to_path_buf());
-    real.parent().and_then(Path::file_name).map_or_else(|| "unknown".to_owned(), |name| name.to_string_lossy().into_owned())
+    real.parent().and_then(Path::file_name).map_or_else(
+        || "unknown".to_owned(),
+        |name| name.to_string_lossy().into_owned(),
+    )
 }

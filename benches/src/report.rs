@@ -66,12 +66,19 @@ impl Host {
         let revision = Command::new("git")
             .args(["describe", "--always", "--dirty", "--abbrev=12"])
             .output()
-            .map_or_else(|_| "unknown".to_owned(), |out| String::from_utf8_lossy(&out.stdout).trim().to_owned());
+            .map_or_else(
+                |_| "unknown".to_owned(),
+                |out| String::from_utf8_lossy(&out.stdout).trim().to_owned(),
+            );
         Self {
             cpu: field("model name"),
             cpu_count: std::thread::available_parallelism().map_or(0, usize::from),
             kernel: one_line("/proc/sys/kernel/osrelease"),
-            kvm_backend: if hardware { "hardware".to_owned() } else { "pvm".to_owned() },
+            kvm_backend: if hardware {
+                "hardware".to_owned()
+            } else {
+                "pvm".to_owned()
+            },
             load_average: one_line("/proc/loadavg"),
             revision,
         }
@@ -94,7 +101,10 @@ pub fn emit(context: &RunContext<'_>, series: &Series, directory: &Path) -> Resu
             if contender != context.baseline
                 && let Some(comparison) = against.and_then(|base| compare(samples, base))
             {
-                comparisons.entry(contender).or_default().insert(figure, comparison);
+                comparisons
+                    .entry(contender)
+                    .or_default()
+                    .insert(figure, comparison);
             }
         }
     }
@@ -125,7 +135,17 @@ fn table(
     let mut table = Table::new();
     table.load_style(presets::UTF8_BORDERS_ONLY);
     let versus = format!("p50 ÷ {}", context.baseline);
-    table.set_header(["contender", "figure", "n", "min", "p50", "p99", "max", versus.as_str(), "p value"]);
+    table.set_header([
+        "contender",
+        "figure",
+        "n",
+        "min",
+        "p50",
+        "p99",
+        "max",
+        versus.as_str(),
+        "p value",
+    ]);
     for (contender, figures) in summaries {
         for (figure, s) in figures {
             let against = comparisons.get(contender).and_then(|figures| figures.get(figure));
@@ -158,22 +178,36 @@ fn plot(context: &RunContext<'_>, series: &Series, path: &Path) -> Result<()> {
             Some((contender.as_str(), samples))
         })
         .collect();
-    let widest = sorted.iter().filter_map(|(_, samples)| samples.last()).fold(1.0_f64, |a, &b| a.max(b));
+    let widest = sorted
+        .iter()
+        .filter_map(|(_, samples)| samples.last())
+        .fold(1.0_f64, |a, &b| a.max(b));
     let area = SVGBackend::new(path, (900, 480)).into_drawing_area();
     let failed = |error: &dyn std::fmt::Display| anyhow!("cannot draw the plot: {error}");
     area.fill(&WHITE).map_err(|e| failed(&e))?;
     let mut chart = ChartBuilder::on(&area)
-        .caption(format!("{}: {}", context.benchmark, context.plotted), ("sans-serif", 20))
+        .caption(
+            format!("{}: {}", context.benchmark, context.plotted),
+            ("sans-serif", 20),
+        )
         .margin(16)
         .x_label_area_size(36)
         .y_label_area_size(48)
         .build_cartesian_2d(0.0..widest * 1.02, 0.0..100.0)
         .map_err(|e| failed(&e))?;
-    chart.configure_mesh().x_desc(context.plotted).y_desc("% of runs").draw().map_err(|e| failed(&e))?;
+    chart
+        .configure_mesh()
+        .x_desc(context.plotted)
+        .y_desc("% of runs")
+        .draw()
+        .map_err(|e| failed(&e))?;
     for (index, (contender, samples)) in sorted.iter().enumerate() {
         let colour = Palette99::pick(index).to_rgba();
         let steps = f64::from(u32::try_from(samples.len()).unwrap_or(1));
-        let points = samples.iter().zip(1_u32..).map(|(&x, rank)| (x, f64::from(rank) * 100.0 / steps));
+        let points = samples
+            .iter()
+            .zip(1_u32..)
+            .map(|(&x, rank)| (x, f64::from(rank) * 100.0 / steps));
         chart
             .draw_series(LineSeries::new(points, colour.stroke_width(2)))
             .map_err(|e| failed(&e))?
@@ -197,11 +231,21 @@ mod tests {
     fn emit_writes_json_with_ratios_and_a_plot() {
         let directory = tempfile::tempdir().unwrap();
         let figures = |x: f64| BTreeMap::from([("total".to_owned(), vec![x, x + 1.0, x + 2.0])]);
-        let series = Series::from([("hull".to_owned(), figures(10.0)), ("qemu".to_owned(), figures(20.0))]);
-        let context = RunContext { benchmark: "boot", baseline: "qemu", guest_kernel: "none", plotted: "total" };
+        let series = Series::from([
+            ("hull".to_owned(), figures(10.0)),
+            ("qemu".to_owned(), figures(20.0)),
+        ]);
+        let context = RunContext {
+            benchmark: "boot",
+            baseline: "qemu",
+            guest_kernel: "none",
+            plotted: "total",
+        };
         let [json, svg] = emit(&context, &series, directory.path()).unwrap();
         let value: serde_json::Value = serde_json::from_str(&fs::read_to_string(json).unwrap()).unwrap();
-        let ratio = value["comparisons"]["hull"]["total"]["p50_ratio"].as_f64().unwrap();
+        let ratio = value["comparisons"]["hull"]["total"]["p50_ratio"]
+            .as_f64()
+            .unwrap();
         assert!((ratio - 11.0 / 21.0).abs() < 1e-9);
         assert!(fs::read_to_string(svg).unwrap().contains("qemu"));
     }

@@ -51,12 +51,20 @@ pub fn summary(samples: &[f64]) -> Option<Summary> {
 /// `None` where either series is empty.
 pub fn compare(a: &[f64], b: &[f64]) -> Option<Comparison> {
     let (sa, sb) = (summary(a)?, summary(b)?);
-    Some(Comparison { p50_ratio: sa.p50 / sb.p50, p99_ratio: sa.p99 / sb.p99, p_value: mann_whitney(a, b) })
+    Some(Comparison {
+        p50_ratio: sa.p50 / sb.p50,
+        p99_ratio: sa.p99 / sb.p99,
+        p_value: mann_whitney(a, b),
+    })
 }
 
 /// Two-sided p value for "both series come from one distribution".
 fn mann_whitney(a: &[f64], b: &[f64]) -> f64 {
-    let mut all: Vec<(f64, bool)> = a.iter().map(|&x| (x, true)).chain(b.iter().map(|&x| (x, false))).collect();
+    let mut all: Vec<(f64, bool)> = a
+        .iter()
+        .map(|&x| (x, true))
+        .chain(b.iter().map(|&x| (x, false)))
+        .collect();
     all.sort_by(|x, y| x.0.total_cmp(&y.0));
     let (na, nb) = (count(a.len()), count(b.len()));
     let n = na + nb;
@@ -90,7 +98,9 @@ fn count(n: usize) -> f64 {
 /// P(Z > z) of the standard normal, for z ≥ 0 (Abramowitz & Stegun 26.2.17, error below 7.5e-8).
 fn upper_tail(z: f64) -> f64 {
     let t = 1.0 / (1.0 + 0.231_641_9 * z);
-    let poly = t * (0.319_381_530 + t * (-0.356_563_782 + t * (1.781_477_937 + t * (-1.821_255_978 + t * 1.330_274_429))));
+    let poly = t
+        * (0.319_381_530
+            + t * (-0.356_563_782 + t * (1.781_477_937 + t * (-1.821_255_978 + t * 1.330_274_429))));
     (-z * z / 2.0).exp() / (2.0 * std::f64::consts::PI).sqrt() * poly
 }
 

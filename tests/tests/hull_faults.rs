@@ -35,7 +35,7 @@ fn kernel() -> PathBuf {
 
 fn run_with_kernel(hull: &Hull, kernel: &std::path::Path) -> Outcome {
     let mut command = hull.command(&["run", "--rm", "busybox", "/bin/true"]);
-    finish(command.env("HULL_KERNEL", kernel).spawn().unwrap())
+    finish(command.env("HULL_KERNEL", kernel).spawn().expect("hull starts"))
 }
 
 #[test]

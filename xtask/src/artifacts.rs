@@ -69,7 +69,14 @@ pub fn build_all() -> Result<Artifacts> {
     step("hull-agent");
     check(
         cargo()
-            .args(["build", "--release", "--package", "agent", "--target", AGENT_TARGET])
+            .args([
+                "build",
+                "--release",
+                "--package",
+                "agent",
+                "--target",
+                AGENT_TARGET,
+            ])
             .env("RUSTFLAGS", "-C target-feature=+crt-static"),
     )?;
     let products = target_dir().join("release");
@@ -78,7 +85,12 @@ pub fn build_all() -> Result<Artifacts> {
     agent_root(&agent, &agent_image)?;
     let kernel_link = products.join("vmlinux");
     link(&kernel, &kernel_link)?;
-    Ok(Artifacts { hull: products.join("hull"), vmm: products.join("hull-vmm"), kernel, agent_image })
+    Ok(Artifacts {
+        hull: products.join("hull"),
+        vmm: products.join("hull-vmm"),
+        kernel,
+        agent_image,
+    })
 }
 
 /// The root file system of every microVM: the agent, and the folders it mounts things on.
@@ -90,7 +102,9 @@ fn agent_root(agent: &Path, image: &Path) -> Result<()> {
     }
     let mut program = File::open(agent).with_context(|| format!("cannot open {}", agent.display()))?;
     builder.file("hull-agent", folder, &mut program)?;
-    builder.write_to(image).with_context(|| format!("cannot write {}", image.display()))?;
+    builder
+        .write_to(image)
+        .with_context(|| format!("cannot write {}", image.display()))?;
     Ok(())
 }
 
@@ -100,5 +114,7 @@ fn link(to: &Path, at: &Path) -> Result<()> {
     }
     let fresh = at.with_extension("new");
     std::fs::remove_file(&fresh).ok();
-    symlink(to, &fresh).and_then(|()| std::fs::rename(&fresh, at)).with_context(|| format!("cannot link {}", at.display()))
+    symlink(to, &fresh)
+        .and_then(|()| std::fs::rename(&fresh, at))
+        .with_context(|| format!("cannot link {}", at.display()))
 }

@@ -32,11 +32,18 @@ impl Diary {
 /// The first step that fails, by name.
 pub fn run() -> Result<()> {
     if !Path::new("/dev/kvm").exists() {
-        bail!("/dev/kvm is not there: this machine offers no KVM (a VM needs nested virtualisation, or the kvm module is not loaded)");
+        bail!(
+            "/dev/kvm is not there: this machine offers no KVM (a VM needs nested virtualisation, or the kvm module is not loaded)"
+        );
     }
     let mut diary = Diary::default();
-    diary.time("install what is missing", || crate::setup::run(crate::setup::Purpose::Demo))?;
-    let artifacts = diary.time("guest kernel, agent, VMM, command line", crate::artifacts::build_all)?;
+    diary.time("install what is missing", || {
+        crate::setup::run(crate::setup::Purpose::Demo)
+    })?;
+    let artifacts = diary.time(
+        "guest kernel, agent, VMM, command line",
+        crate::artifacts::build_all,
+    )?;
     let images = diary.time("images from distribution packages", crate::images::all)?;
 
     step("import the images: one read-only EROFS blob a layer");
@@ -60,7 +67,10 @@ pub fn run() -> Result<()> {
     step("redis in its own microVM");
     diary.time("redis: start, PING, SET, GET, stop", || redis(&artifacts))?;
 
-    println!("\nWhat ran where: host kernel {}", std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim());
+    println!(
+        "\nWhat ran where: host kernel {}",
+        std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim()
+    );
     println!("{artifacts}");
     println!("images        {}\n", images.display());
     for (what, took) in &diary.lines {
@@ -107,7 +117,10 @@ fn redis(artifacts: &Artifacts) -> Result<()> {
     };
     let begin = Instant::now();
     loop {
-        let answer = client(&["ping"]).stderr(Stdio::null()).output().context("cannot start hull")?;
+        let answer = client(&["ping"])
+            .stderr(Stdio::null())
+            .output()
+            .context("cannot start hull")?;
         if answer.stdout == b"PONG\n" {
             break;
         }
@@ -119,7 +132,10 @@ fn redis(artifacts: &Artifacts) -> Result<()> {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    println!("    PING: PONG after {:.0} ms", begin.elapsed().as_secs_f64() * 1000.0);
+    println!(
+        "    PING: PONG after {:.0} ms",
+        begin.elapsed().as_secs_f64() * 1000.0
+    );
     let value = format!("kept by a microVM at {}", std::process::id());
     let set = output(&mut client(&["set", "demo", &value]))?;
     let got = output(&mut client(&["get", "demo"]))?;

@@ -24,7 +24,18 @@ const ASYNC: &[&str] = &["tokio", "async-std", "smol"];
 const RULES: &[Rule] = &[
     Rule {
         package: "vmm",
-        never: &["oci-spec", "agent", "agent-protocol", "sandbox", "rootfs-builder", "containerd-shim", "ttrpc", "tokio", "async-std", "smol"],
+        never: &[
+            "oci-spec",
+            "agent",
+            "agent-protocol",
+            "sandbox",
+            "rootfs-builder",
+            "containerd-shim",
+            "ttrpc",
+            "tokio",
+            "async-std",
+            "smol",
+        ],
         why: "the VMM knows nothing of OCI, containerd or the agent, and has a small system call surface",
     },
     Rule {
@@ -32,17 +43,41 @@ const RULES: &[Rule] = &[
         never: &["kvm-ioctls", "vm-memory", "vmm"],
         why: "the VMM's wire types are linked by both sides",
     },
-    Rule { package: "sandbox", never: &["vmm", "agent", "kvm-ioctls"], why: "the sandbox speaks to both only by protocol" },
+    Rule {
+        package: "sandbox",
+        never: &["vmm", "agent", "kvm-ioctls"],
+        why: "the sandbox speaks to both only by protocol",
+    },
     Rule {
         package: "agent",
         never: &["vmm", "vmm-api", "sandbox", "rootfs-builder", "cli", "kvm-ioctls"],
         why: "the agent is built for the guest",
     },
-    Rule { package: "agent-protocol", never: &["vmm", "sandbox", "agent"], why: "messages only" },
-    Rule { package: "cli", never: &["vmm", "kvm-ioctls", "agent"], why: "front-ends use `sandbox`" },
-    Rule { package: "benches", never: &["vmm", "kvm-ioctls", "agent"], why: "benchmarks use `sandbox` or whole commands" },
-    Rule { package: "guest-kernel", never: &["vmm", "kvm-ioctls"], why: "it emits a hashed manifest, it does not run it" },
-    Rule { package: "rootfs-builder", never: &["vmm", "kvm-ioctls"], why: "it emits hashed blobs, it does not run them" },
+    Rule {
+        package: "agent-protocol",
+        never: &["vmm", "sandbox", "agent"],
+        why: "messages only",
+    },
+    Rule {
+        package: "cli",
+        never: &["vmm", "kvm-ioctls", "agent"],
+        why: "front-ends use `sandbox`",
+    },
+    Rule {
+        package: "benches",
+        never: &["vmm", "kvm-ioctls", "agent"],
+        why: "benchmarks use `sandbox` or whole commands",
+    },
+    Rule {
+        package: "guest-kernel",
+        never: &["vmm", "kvm-ioctls"],
+        why: "it emits a hashed manifest, it does not run it",
+    },
+    Rule {
+        package: "rootfs-builder",
+        never: &["vmm", "kvm-ioctls"],
+        why: "it emits hashed blobs, it does not run them",
+    },
 ];
 
 /// Test code is linked by nobody.
@@ -50,8 +85,16 @@ const TEST_ONLY: &[&str] = &["hull-tests", "benches", "xtask"];
 
 /// These must stand in the lock file exactly once: two versions of guest memory do not fit together.
 const ONE_VERSION: &[&str] = &[
-    "event-manager", "kvm-bindings", "kvm-ioctls", "linux-loader", "seccompiler", "virtio-bindings", "virtio-queue",
-    "vm-memory", "vm-superio", "vmm-sys-util",
+    "event-manager",
+    "kvm-bindings",
+    "kvm-ioctls",
+    "linux-loader",
+    "seccompiler",
+    "virtio-bindings",
+    "virtio-queue",
+    "vm-memory",
+    "vm-superio",
+    "vmm-sys-util",
 ];
 
 #[derive(Deserialize)]
@@ -90,7 +133,15 @@ pub fn run() -> Result<()> {
     step("lint: formatting");
     check(cargo().args(["fmt", "--all", "--check"]))?;
     step("lint: clippy");
-    check(cargo().args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))?;
+    check(cargo().args([
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--quiet",
+        "--",
+        "-D",
+        "warnings",
+    ]))?;
     step("lint: dependency rules");
     dependency_rules()?;
     step("lint: repository");
@@ -103,16 +154,29 @@ pub fn run() -> Result<()> {
 
 fn dependency_rules() -> Result<()> {
     let text = output(cargo().args(["metadata", "--format-version", "1", "--locked"]))?;
-    let metadata: Metadata = serde_json::from_str(&text).context("cannot read the output of cargo metadata")?;
+    let metadata: Metadata =
+        serde_json::from_str(&text).context("cannot read the output of cargo metadata")?;
     let mut faults = Vec::new();
-    let names: BTreeMap<&str, &str> = metadata.packages.iter().map(|p| (p.id.as_str(), p.name.as_str())).collect();
-    let edges: BTreeMap<&str, Vec<&str>> =
-        metadata.resolve.nodes.iter().map(|node| (node.id.as_str(), linked(node))).collect();
+    let names: BTreeMap<&str, &str> = metadata
+        .packages
+        .iter()
+        .map(|p| (p.id.as_str(), p.name.as_str()))
+        .collect();
+    let edges: BTreeMap<&str, Vec<&str>> = metadata
+        .resolve
+        .nodes
+        .iter()
+        .map(|node| (node.id.as_str(), linked(node)))
+        .collect();
 
     for id in &metadata.workspace_members {
-        let Some(name) = names.get(id.as_str()) else { continue };
-        let reached: BTreeSet<&str> =
-            reachable(id, &edges).into_iter().filter_map(|id| names.get(id).copied()).collect();
+        let Some(name) = names.get(id.as_str()) else {
+            continue;
+        };
+        let reached: BTreeSet<&str> = reachable(id, &edges)
+            .into_iter()
+            .filter_map(|id| names.get(id).copied())
+            .collect();
         for rule in RULES.iter().filter(|rule| rule.package == *name) {
             for banned in rule.never.iter().filter(|banned| reached.contains(**banned)) {
                 faults.push(format!("`{name}` links `{banned}`: {}", rule.why));
@@ -120,19 +184,31 @@ fn dependency_rules() -> Result<()> {
         }
         if !TEST_ONLY.contains(name) {
             for banned in TEST_ONLY.iter().filter(|banned| reached.contains(**banned)) {
-                faults.push(format!("product crate `{name}` links `{banned}`, which is for tests and tools"));
+                faults.push(format!(
+                    "product crate `{name}` links `{banned}`, which is for tests and tools"
+                ));
             }
         }
     }
     for crate_name in ONE_VERSION {
-        let versions: Vec<&str> =
-            metadata.packages.iter().filter(|p| p.name == *crate_name).map(|p| p.version.as_str()).collect();
+        let versions: Vec<&str> = metadata
+            .packages
+            .iter()
+            .filter(|p| p.name == *crate_name)
+            .map(|p| p.version.as_str())
+            .collect();
         if versions.len() > 1 {
-            faults.push(format!("`{crate_name}` stands in the lock file {} times: {}", versions.len(), versions.join(", ")));
+            faults.push(format!(
+                "`{crate_name}` stands in the lock file {} times: {}",
+                versions.len(),
+                versions.join(", ")
+            ));
         }
     }
     if metadata.packages.iter().any(|p| ASYNC.contains(&p.name.as_str())) {
-        eprintln!("    note: an async runtime is in the lock file; no product crate above may reach it unless ARCHITECTURE.md says so");
+        eprintln!(
+            "    note: an async runtime is in the lock file; no product crate above may reach it unless ARCHITECTURE.md says so"
+        );
     }
     report(&faults)
 }
@@ -141,7 +217,11 @@ fn dependency_rules() -> Result<()> {
 fn linked(node: &Node) -> Vec<&str> {
     node.deps
         .iter()
-        .filter(|dep| dep.dep_kinds.iter().any(|kind| kind.kind.as_deref() != Some("dev")))
+        .filter(|dep| {
+            dep.dep_kinds
+                .iter()
+                .any(|kind| kind.kind.as_deref() != Some("dev"))
+        })
         .map(|dep| dep.pkg.as_str())
         .collect()
 }
@@ -162,20 +242,34 @@ fn repository_hygiene(root: &Path) -> Result<()> {
     let files = output(Command::new("git").current_dir(root).args(["ls-files", "-z"]))?;
     let mut faults = Vec::new();
     for file in files.split('\0').filter(|file| file.ends_with(".rs")) {
-        let Ok(text) = std::fs::read_to_string(root.join(file)) else { continue };
-        let product_lines = text.lines().take_while(|line| !line.starts_with("#[cfg(test)]")).count();
+        let Ok(text) = std::fs::read_to_string(root.join(file)) else {
+            continue;
+        };
+        let product_lines = text
+            .lines()
+            .take_while(|line| !line.starts_with("#[cfg(test)]"))
+            .count();
         if product_lines > 700 && !is_test_file(file) {
             faults.push(format!("{file}: {product_lines} lines of non-test code; split it (house rule: about 500, never over 700)"));
         }
-        let leftovers = [concat!("todo", "!("), concat!("unimplemented", "!("), concat!("dbg", "!(")];
+        let leftovers = [
+            concat!("todo", "!("),
+            concat!("unimplemented", "!("),
+            concat!("dbg", "!("),
+        ];
         for (number, line) in text.lines().enumerate() {
             if leftovers.iter().any(|left| line.contains(left)) {
                 faults.push(format!("{file}:{}: unfinished: {}", number + 1, line.trim()));
             }
         }
-        let opens_with_comment = text.lines().find(|line| !line.is_empty()).is_some_and(|line| line.starts_with("//!"));
+        let opens_with_comment = text
+            .lines()
+            .find(|line| !line.is_empty())
+            .is_some_and(|line| line.starts_with("//!"));
         if !opens_with_comment && !is_test_file(file) {
-            faults.push(format!("{file}: a module opens with a `//!` comment that says its purpose"));
+            faults.push(format!(
+                "{file}: a module opens with a `//!` comment that says its purpose"
+            ));
         }
     }
     report(&faults)
@@ -187,12 +281,24 @@ fn is_test_file(file: &str) -> bool {
 
 /// `cargo deny`, offline: what is linked, under which licence, from which registry.
 fn licences() -> Result<()> {
-    let present = Command::new("cargo-deny").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    let present = Command::new("cargo-deny")
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
     if !present.is_ok_and(|status| status.success()) {
         step("lint: installing cargo-deny (once)");
         check(cargo().args(["install", "--locked", "--quiet", "cargo-deny"]))?;
     }
-    check(cargo().args(["deny", "--log-level", "error", "check", "bans", "licenses", "sources"]))
+    check(cargo().args([
+        "deny",
+        "--log-level",
+        "error",
+        "check",
+        "bans",
+        "licenses",
+        "sources",
+    ]))
 }
 
 fn report(faults: &[String]) -> Result<()> {
@@ -220,9 +326,18 @@ mod tests {
     fn dev_dependencies_are_not_linked() {
         let dep = |pkg: &str, kind: Option<&str>| NodeDep {
             pkg: pkg.into(),
-            dep_kinds: vec![DepKind { kind: kind.map(Into::into) }],
+            dep_kinds: vec![DepKind {
+                kind: kind.map(Into::into),
+            }],
         };
-        let node = Node { id: "x".into(), deps: vec![dep("normal", None), dep("dev", Some("dev")), dep("build", Some("build"))] };
+        let node = Node {
+            id: "x".into(),
+            deps: vec![
+                dep("normal", None),
+                dep("dev", Some("dev")),
+                dep("build", Some("build")),
+            ],
+        };
         assert_eq!(linked(&node), ["normal", "build"]);
     }
 }

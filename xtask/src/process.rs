@@ -32,7 +32,9 @@ pub fn cargo() -> Command {
 
 /// Run to the end; an exit code other than 0 is an error naming the command.
 pub fn check(command: &mut Command) -> Result<()> {
-    let status = command.status().with_context(|| format!("cannot start {}", shown(command)))?;
+    let status = command
+        .status()
+        .with_context(|| format!("cannot start {}", shown(command)))?;
     if !status.success() {
         bail!("{} failed ({status})", shown(command));
     }
@@ -42,7 +44,9 @@ pub fn check(command: &mut Command) -> Result<()> {
 /// Run to the end and return standard output; standard error is passed through.
 pub fn output(command: &mut Command) -> Result<String> {
     command.stderr(std::process::Stdio::inherit());
-    let output = command.output().with_context(|| format!("cannot start {}", shown(command)))?;
+    let output = command
+        .output()
+        .with_context(|| format!("cannot start {}", shown(command)))?;
     if !output.status.success() {
         bail!("{} failed ({})", shown(command), output.status);
     }

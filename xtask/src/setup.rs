@@ -17,15 +17,38 @@ pub enum Purpose {
 
 /// Compile the guest kernel and our C-linking crates.
 const BUILD: &[&str] = &[
-    "bc", "bison", "build-essential", "ca-certificates", "cpio", "flex", "kmod", "libelf-dev", "libssl-dev", "pkg-config",
-    "rsync", "xz-utils", "zstd",
+    "bc",
+    "bison",
+    "build-essential",
+    "ca-certificates",
+    "cpio",
+    "flex",
+    "kmod",
+    "libelf-dev",
+    "libssl-dev",
+    "pkg-config",
+    "rsync",
+    "xz-utils",
+    "zstd",
 ];
 /// Make container images from distribution packages.
 const IMAGES: &[&str] = &["busybox-static", "mmdebstrap", "umoci"];
 /// Check our results against somebody else's: other VMMs, other runtimes, other file system tools.
 const TESTS: &[&str] = &[
-    "attr", "crun", "erofs-utils", "gdb", "iproute2", "jq", "libcap2-bin", "procps", "qemu-system-x86", "runc", "seabios",
-    "skopeo", "strace", "util-linux",
+    "attr",
+    "crun",
+    "erofs-utils",
+    "gdb",
+    "iproute2",
+    "jq",
+    "libcap2-bin",
+    "procps",
+    "qemu-system-x86",
+    "runc",
+    "seabios",
+    "skopeo",
+    "strace",
+    "util-linux",
 ];
 
 /// Install the packages that are missing.
@@ -37,14 +60,20 @@ pub fn run(purpose: Purpose) -> Result<()> {
     if purpose == Purpose::Everything {
         wanted.extend_from_slice(TESTS);
     }
-    let missing: Vec<&str> = wanted.into_iter().filter(|package| !is_installed(package)).collect();
+    let missing: Vec<&str> = wanted
+        .into_iter()
+        .filter(|package| !is_installed(package))
+        .collect();
     if missing.is_empty() {
         step("setup: every package is there");
         return Ok(());
     }
     step(&format!("setup: installing {}", missing.join(" ")));
     if !nix::unistd::geteuid().is_root() {
-        bail!("these Debian packages are missing and only root can install them: {}", missing.join(" "));
+        bail!(
+            "these Debian packages are missing and only root can install them: {}",
+            missing.join(" ")
+        );
     }
     apt(&["update"])?;
     let mut arguments = vec!["install", "-y", "--no-install-recommends"];

@@ -55,7 +55,9 @@ pub fn run(args: &TestArgs) -> Result<()> {
         None => command.arg("--workspace"),
     };
     command.arg("--").args(&args.filter);
-    artifacts.environment(&mut command).env("HULL_TEST_IMAGES", images);
+    artifacts
+        .environment(&mut command)
+        .env("HULL_TEST_IMAGES", images);
     if Path::new("/dev/kvm").exists() {
         command.env("HULL_REQUIRE_KVM", "1");
     } else {
@@ -63,7 +65,10 @@ pub fn run(args: &TestArgs) -> Result<()> {
     }
     let (tally, success) = tallied(&mut command)?;
     let minutes = begin.elapsed().as_secs_f64() / 60.0;
-    println!("{} passed, {} failed, {} skipped", tally.passed, tally.failed, tally.ignored);
+    println!(
+        "{} passed, {} failed, {} skipped",
+        tally.passed, tally.failed, tally.ignored
+    );
     if !success || tally.failed > 0 {
         bail!("tests failed (after {minutes:.1} min)");
     }
@@ -80,7 +85,16 @@ pub fn soak(args: &SoakArgs) -> Result<()> {
     let vcpus: Vec<String> = args.vcpus.iter().map(ToString::to_string).collect();
     let mut command = cargo();
     command
-        .args(["test", "--package", "hull-tests", "--test", "kernel_soak", "--", "--ignored", "--nocapture"])
+        .args([
+            "test",
+            "--package",
+            "hull-tests",
+            "--test",
+            "kernel_soak",
+            "--",
+            "--ignored",
+            "--nocapture",
+        ])
         .env("HULL_REQUIRE_KVM", "1")
         .env("HULL_SOAK_MINUTES", args.minutes.to_string())
         .env("HULL_SOAK_VCPUS", vcpus.join(","));
@@ -90,7 +104,9 @@ pub fn soak(args: &SoakArgs) -> Result<()> {
 /// Run, pass the output on line by line, and add up the `test result:` lines.
 fn tallied(command: &mut Command) -> Result<(Tally, bool)> {
     command.stdout(Stdio::piped());
-    let mut child = command.spawn().with_context(|| format!("cannot start {}", shown(command)))?;
+    let mut child = command
+        .spawn()
+        .with_context(|| format!("cannot start {}", shown(command)))?;
     let mut tally = Tally::default();
     if let Some(stdout) = child.stdout.take() {
         let mut out = std::io::stdout().lock();
@@ -106,11 +122,17 @@ fn tallied(command: &mut Command) -> Result<(Tally, bool)> {
 impl Tally {
     /// `test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s`
     fn add(&mut self, line: &str) {
-        let Some(rest) = line.strip_prefix("test result: ") else { return };
+        let Some(rest) = line.strip_prefix("test result: ") else {
+            return;
+        };
         let counts = rest.split_once(". ").map_or(rest, |(_, counts)| counts);
         for part in counts.split(';') {
-            let Some((number, what)) = part.trim().split_once(' ') else { continue };
-            let Ok(number) = number.parse::<u64>() else { continue };
+            let Some((number, what)) = part.trim().split_once(' ') else {
+                continue;
+            };
+            let Ok(number) = number.parse::<u64>() else {
+                continue;
+            };
             match what {
                 "passed" => self.passed += number,
                 "failed" => self.failed += number,
@@ -129,8 +151,17 @@ mod tests {
     fn tally_adds_up_result_lines_and_ignores_the_rest() {
         let mut tally = Tally::default();
         tally.add("test foo ... ok");
-        tally.add("test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s");
+        tally.add(
+            "test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s",
+        );
         tally.add("test result: FAILED. 2 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.00s");
-        assert_eq!(tally, Tally { passed: 7, failed: 3, ignored: 1 });
+        assert_eq!(
+            tally,
+            Tally {
+                passed: 7,
+                failed: 3,
+                ignored: 1
+            }
+        );
     }
 }
