@@ -206,3 +206,107 @@ fn to_iovec(slice: &VolatileSlice<'_>) -> libc::iovec {
 fn check(result: isize) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+
+    /// Two regions that touch, and a third beyond a hole.
+    fn memory() -> Arc<GuestRam> {
+        let ranges = [
+            (GuestAddress(0), 0x1000),
+            (GuestAddress(0x1000), 0x1000),
+            (GuestAddress(0x4000), 0x1000),
+        ];
+        Arc::new(GuestRam::from_ranges(&ranges).unwrap())
+    }
+
+    fn segment(addr: u64, len: u32) -> Segment {
+        Segment {
+            addr: GuestAddress(addr),
+            len,
+        }
+    }
+
+    #[test]
+    fn buffers_across_regions_become_several_entries() {
+        let mem = memory();
+        let mut list = GuestIovecs::new(Arc::clone(&mem));
+        list.push(segment(0xff0, 0x20)).unwrap();
+        list.push(segment(0x4000, 0x10)).unwrap();
+        assert_eq!((list.count(), list.len_bytes()), (3, 0x30));
+        let (mut near, far) = UnixStream::pair().unwrap();
+        near.write_all(&[7; 0x30]).unwrap();
+        assert_eq!(list.receive(far.as_fd()).unwrap(), 0x30);
+        for at in [0xff0, 0x1000, 0x4000] {
+            assert_eq!(mem.read_obj::<[u8; 16]>(GuestAddress(at)).unwrap(), [7; 16]);
+        }
+        assert_eq!(mem.read_obj::<[u8; 16]>(GuestAddress(0x1010)).unwrap(), [0; 16]);
+        assert_eq!(list.send(far.as_fd()).unwrap(), 0x30);
+        near.read_exact(&mut [0; 0x30]).unwrap();
+    }
+
+    #[test]
+    fn buffers_not_wholly_in_memory_leave_the_list_as_it_was() {
+        let mut list = GuestIovecs::new(memory());
+        list.push(segment(0x10, 0x10)).unwrap();
+        for (addr, len) in [
+            (0x2000, 1),
+            (0x1ff0, 0x11),
+            (0x3fff, 2),
+            (0x4fff, 2),
+            (u64::MAX, 1),
+            (u64::MAX, 0x10),
+            (0, u32::MAX),
+        ] {
+            assert_eq!(
+                list.push(segment(addr, len)),
+                Err(IovecError::OutOfMemory { addr, len })
+            );
+            assert_eq!((list.count(), list.len_bytes()), (1, 0x10));
+        }
+    }
+
+    #[test]
+    fn the_list_is_bounded() {
+        let mut list = GuestIovecs::new(memory());
+        for _ in 0..MAX_IOVECS {
+            list.push(segment(0, 1)).unwrap();
+        }
+        assert_eq!(list.push(segment(0, 1)), Err(IovecError::TooMany));
+        assert_eq!((list.count(), list.len_bytes()), (MAX_IOVECS, MAX_IOVECS));
+    }
+
+    #[test]
+    fn advancing_and_truncating_keep_the_rest() {
+        let mem = memory();
+        mem.write_slice(b"0123456789", GuestAddress(0)).unwrap();
+        let mut list = GuestIovecs::new(mem);
+        for at in [0, 4, 8] {
+            list.push(segment(at, if at == 8 { 2 } else { 4 })).unwrap();
+        }
+        list.advance(0);
+        list.advance(5);
+        assert_eq!((list.count(), list.len_bytes()), (2, 5));
+        let (mut near, far) = UnixStream::pair().unwrap();
+        assert_eq!(list.send(far.as_fd()).unwrap(), 5);
+        let mut sent = [0; 5];
+        near.read_exact(&mut sent).unwrap();
+        assert_eq!(&sent, b"56789");
+        list.truncate(1);
+        assert_eq!((list.count(), list.len_bytes()), (1, 3));
+        list.advance(100);
+        assert!(list.is_empty() && list.count() == 0);
+        list.clear();
+        assert_eq!(
+            list.receive(far.as_fd()).unwrap_err().kind(),
+            io::ErrorKind::WouldBlock
+        );
+    }
+}

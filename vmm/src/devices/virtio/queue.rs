@@ -346,3 +346,49 @@ impl fmt::Debug for Virtqueue {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn segments() -> Vec<Segment> {
+        [(0x1000, 10), (0x2000, 1), (u64::MAX - 1, 5)]
+            .map(|(addr, len)| Segment {
+                addr: GuestAddress(addr),
+                len,
+            })
+            .to_vec()
+    }
+
+    fn slice(range: Range<u32>) -> Vec<(u64, u32)> {
+        slice_segments(&segments(), range)
+            .map(|part| (part.addr.0, part.len))
+            .collect()
+    }
+
+    #[test]
+    fn slices_of_segments_are_exact() {
+        assert_eq!(slice(0..16), [(0x1000, 10), (0x2000, 1), (u64::MAX - 1, 5)]);
+        assert_eq!(slice(3..10), [(0x1003, 7)]);
+        assert_eq!(slice(10..11), [(0x2000, 1)]);
+        assert_eq!(slice(9..12), [(0x1009, 1), (0x2000, 1), (u64::MAX - 1, 1)]);
+        assert_eq!(slice(5..5), []);
+        assert_eq!(slice(16..u32::MAX), []);
+        assert_eq!(slice(0..u32::MAX).len(), 3);
+        // Addresses that wrap stay unusable.
+        assert_eq!(slice(14..15), [(u64::MAX, 1)]);
+    }
+
+    #[test]
+    fn copies_fail_when_too_short_or_outside_memory() {
+        let mem = GuestRam::from_ranges(&[(GuestAddress(0), 0x3000)]).unwrap();
+        assert!(write_segments(&mem, &segments(), b"hello world"));
+        let mut back = [0; 11];
+        assert!(read_segments(&mem, &segments(), &mut back));
+        assert_eq!(&back, b"hello world");
+        assert!(!read_segments(&mem, &segments(), &mut [0; 12]));
+        assert!(!write_segments(&mem, &segments(), &[0; 17]));
+        assert!(!write_segments(&mem, &[], &[0]));
+        assert!(read_segments(&mem, &[], &mut []));
+    }
+}

@@ -4,28 +4,24 @@ use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use tracing::{error, warn};
-use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
-};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::Disk;
+use super::config::{CONFIG_LEN, config, features};
 use super::engine::{Completion, Engine, InFlight};
 use super::request::{self, Limits, Operation, Refusal, Request};
 use super::{BlkError, BlkMetrics, BlkSpec, MAX_SERIAL_LEN};
 use crate::devices::virtio::iovec::GuestIovecs;
 use crate::devices::virtio::queue::{Chain, QueueError, Segment, Virtqueue, write_segments};
 use crate::devices::virtio::{
-    ActivateContext, ActivateError, Interrupt, RING_FEATURES, VirtioDevice, new_events, read_config_bytes,
+    ActivateContext, ActivateError, Interrupt, VirtioDevice, new_events, read_config_bytes,
 };
 
 const QUEUE_SIZE: u16 = 256;
-const CONFIG_LEN: usize = 60;
 /// The event that isn't a queue's.
 const COMPLETION: u32 = u32::MAX;
 
@@ -455,50 +451,4 @@ fn answer(
     let code = if ok { VIRTIO_BLK_S_OK } else { VIRTIO_BLK_S_IOERR };
     let stored = queue.mem().write_obj(code.to_le_bytes()[0], status).is_ok();
     queue.complete(head, if stored && ok { written } else { u32::from(stored) })
-}
-
-fn features(read_only: bool, queues: u16) -> u64 {
-    let mut bits = vec![
-        VIRTIO_BLK_F_SIZE_MAX,
-        VIRTIO_BLK_F_SEG_MAX,
-        VIRTIO_BLK_F_BLK_SIZE,
-        VIRTIO_BLK_F_TOPOLOGY,
-    ];
-    if read_only {
-        bits.push(VIRTIO_BLK_F_RO);
-    } else {
-        bits.extend([
-            VIRTIO_BLK_F_FLUSH,
-            VIRTIO_BLK_F_DISCARD,
-            VIRTIO_BLK_F_WRITE_ZEROES,
-        ]);
-    }
-    if queues > 1 {
-        bits.push(VIRTIO_BLK_F_MQ);
-    }
-    bits.iter()
-        .fold(RING_FEATURES, |features, bit| features | 1 << bit)
-}
-
-/// The configuration space, `struct virtio_blk_config`.
-fn config(capacity_sectors: u64, queues: u16) -> [u8; CONFIG_LEN] {
-    /// The host's page cache works in pages of 4 KiB, 8 sectors.
-    const PHYSICAL_BLOCK_EXP: u8 = 3;
-    const SECTORS_PER_PAGE: u32 = 8;
-    let mut config = [0; CONFIG_LEN];
-    let mut put = |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
-    put(0, &capacity_sectors.to_le_bytes());
-    put(8, &request::SIZE_MAX_BYTES.to_le_bytes());
-    put(12, &request::SEG_MAX.to_le_bytes());
-    put(20, &512u32.to_le_bytes());
-    put(24, &[PHYSICAL_BLOCK_EXP]);
-    put(26, &8u16.to_le_bytes());
-    put(34, &queues.to_le_bytes());
-    put(36, &request::MAX_DISCARD_SECTORS.to_le_bytes());
-    put(40, &1u32.to_le_bytes());
-    put(44, &SECTORS_PER_PAGE.to_le_bytes());
-    put(48, &request::MAX_WRITE_ZEROES_SECTORS.to_le_bytes());
-    put(52, &1u32.to_le_bytes());
-    put(56, &[1]);
-    config
 }

@@ -16,6 +16,7 @@
 //!   ring's size from a queue before other devices get theirs.
 
 mod backend;
+mod config;
 mod device;
 mod engine;
 mod metrics;

@@ -19,6 +19,7 @@
 //!   the page for the guest to read ([`super::page`]), they don't even come here.
 
 use std::fmt;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use tracing::{debug, warn};
@@ -39,9 +40,11 @@ use virtio_bindings::virtio_mmio::{
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueState, QueueT};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::interrupt::MmioInterrupt;
 use super::page::{PAGE_BYTES, RegisterPage};
+use super::registers::{Registers, feature_word, pristine_queue, set_high, set_low};
 use crate::devices::bus::BusDevice;
 use crate::devices::virtio::{ActivateContext, GuestRam, Interrupt, InterruptLine, VirtioDevice, lock};
 
@@ -69,53 +72,6 @@ const FEATURES_OK: u32 = VIRTIO_CONFIG_S_FEATURES_OK;
 const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
 const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
 const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
-
-/// Registers that only the driver changes.
-#[derive(Debug)]
-struct Registers {
-    device_features_sel: u32,
-    driver_features_sel: u32,
-    driver_features: u64,
-    queue_sel: u32,
-    queues: Vec<QueueState>,
-    /// The device has been activated and not reset since.
-    active: bool,
-}
-
-impl Registers {
-    fn new(queue_max_sizes: &[u16]) -> Self {
-        Self {
-            device_features_sel: 0,
-            driver_features_sel: 0,
-            driver_features: 0,
-            queue_sel: 0,
-            queues: queue_max_sizes.iter().map(|&max| pristine_queue(max)).collect(),
-            active: false,
-        }
-    }
-
-    fn selected(&self) -> Option<&QueueState> {
-        self.queues.get(usize::try_from(self.queue_sel).ok()?)
-    }
-
-    fn selected_mut(&mut self) -> Option<&mut QueueState> {
-        self.queues.get_mut(usize::try_from(self.queue_sel).ok()?)
-    }
-}
-
-fn pristine_queue(max_size: u16) -> QueueState {
-    QueueState {
-        max_size,
-        next_avail: 0,
-        next_used: 0,
-        event_idx_enabled: false,
-        size: max_size,
-        ready: false,
-        desc_table: 0,
-        avail_ring: 0,
-        used_ring: 0,
-    }
-}
 
 /// The register page of one device.
 pub struct MmioTransport {
@@ -408,6 +364,8 @@ impl MmioTransport {
                 return;
             }
         };
+        // Linux offers the balloon's first statistics, and notifies of them, before it sets DRIVER_OK.
+        let early: Vec<bool> = queues.iter().map(|queue| self.has_buffers(queue)).collect();
         let mut device = lock(&self.device);
         registers.active = true;
         let result = device.activate(ActivateContext {
@@ -419,7 +377,23 @@ impl MmioTransport {
         if let Err(error) = result {
             warn!(device = device.name(), %error, "the device could not be activated");
             self.interrupt.signal_needs_reset();
+            return;
         }
+        for (_, event) in early
+            .iter()
+            .zip(device.queue_events())
+            .filter(|(early, _)| **early)
+        {
+            notify(event);
+        }
+    }
+
+    fn has_buffers(&self, queue: &Queue) -> bool {
+        let next = queue.next_avail();
+        queue.ready()
+            && queue
+                .avail_idx(&*self.mem, Ordering::Acquire)
+                .is_ok_and(|index| index.0 != next)
     }
 
     fn reset(&self, registers: &mut Registers) {
@@ -482,23 +456,12 @@ impl fmt::Debug for MmioTransport {
     }
 }
 
-fn register_offset(offset: u64) -> Option<u32> {
-    u32::try_from(offset).ok().filter(|offset| offset % 4 == 0)
-}
-
-fn feature_word(features: u64, selector: u32) -> u32 {
-    let bytes = features.to_le_bytes();
-    match selector {
-        0 => u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
-        1 => u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
-        _ => 0,
+fn notify(event: &EventFd) {
+    if let Err(error) = event.write(1) {
+        warn!(%error, "cannot forward a queue notification");
     }
 }
 
-fn set_low(address: &mut u64, value: u32) {
-    *address = *address & !u64::from(u32::MAX) | u64::from(value);
-}
-
-fn set_high(address: &mut u64, value: u32) {
-    *address = *address & u64::from(u32::MAX) | u64::from(value) << 32;
+fn register_offset(offset: u64) -> Option<u32> {
+    u32::try_from(offset).ok().filter(|offset| offset % 4 == 0)
 }

@@ -3,5 +3,6 @@
 pub mod interrupt;
 pub mod mmio;
 pub mod page;
+mod registers;
 #[cfg(test)]
 mod tests;

@@ -463,6 +463,19 @@ fn notifications_reach_existing_queues_of_an_active_device_only() {
 }
 
 #[test]
+fn buffers_offered_before_the_driver_was_ready_are_not_forgotten() {
+    let mut driver = idle();
+    driver.negotiate(u64::MAX);
+    driver.set_up_queue(0);
+    driver.set_up_queue(1);
+    driver.offer(1, 0);
+    driver.write(0x70, DRIVER_OK_STATUS);
+    let device = lock(&driver.device);
+    assert!(device.events[0].read().is_err());
+    assert_eq!(device.events[1].read().unwrap(), 1);
+}
+
+#[test]
 fn a_reset_restores_every_register() {
     let mut driver = idle();
     driver.bring_up(u64::MAX);
