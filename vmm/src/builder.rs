@@ -9,7 +9,7 @@ mod devices;
 
 use crate::{
     arch::x86_64::{
-        backend,
+        backend::{self, Backend},
         boot::{self, BootError, BootSource},
         cpuid::{CpuidError, CpuidTable},
         msr::{self, MsrError},
@@ -156,7 +156,10 @@ pub fn build(
     let devices::Attached { mut devices, balloon } = devices::attach(&vm, &mut spec, stop, &boot_timer)?;
     start.devices_us = watch.lap_us();
 
-    let cmdline = full_cmdline(&spec.cmdline, devices.cmdline());
+    let (fds, backend) = create_vcpus(host, &vm, spec.vcpu_count)?;
+    start.vcpus_us = watch.lap_us();
+
+    let cmdline = full_cmdline(&spec.cmdline, backend.kernel_parameters(), devices.cmdline());
     let entry = boot::load(
         vm.ram(),
         BootSource {
@@ -167,9 +170,11 @@ pub fn build(
             vcpu_count: spec.vcpu_count,
         },
     )?;
+    if let Some(first) = fds.first() {
+        regs::set_boot_state(first, vm.ram(), spec.protocol, entry)?;
+    }
     start.load_kernel_us = watch.lap_us();
 
-    let fds = create_vcpus(host, &vm, &spec, entry)?;
     let (pio, mmio) = devices.take_buses();
     let controls: Arc<[_]> = fds.iter().map(|_| Arc::new(VcpuControl::default())).collect();
     let unclaimed = Arc::new(AtomicU64::new(0));
@@ -183,7 +188,7 @@ pub fn build(
         unclaimed: Arc::clone(&unclaimed),
     };
     let vcpus = spawn_vcpus(fds, &context, filters)?;
-    start.vcpus_us = watch.lap_us();
+    start.vcpus_us += watch.lap_us();
     Ok(MicroVm {
         vcpus,
         devices,
@@ -195,13 +200,25 @@ pub fn build(
     })
 }
 
-/// The configured command line and what describes the devices. What follows `--` is for init, so the devices go before it.
-fn full_cmdline(configured: &str, devices: &[String]) -> String {
+/// The configured command line, what the backend advises (unless configured otherwise) and what describes the devices. What
+/// follows `--` is for init, so all that goes before it.
+fn full_cmdline(configured: &str, advised: &[(&str, &str)], devices: &[String]) -> String {
     let (kernel, init) = match configured.split_once(" -- ") {
         Some((kernel, init)) => (kernel, Some(init)),
         None => (configured, None),
     };
+    let is_configured = |name: &str| {
+        kernel
+            .split_whitespace()
+            .any(|word| word.split('=').next() == Some(name))
+    };
     let mut words = vec![kernel.trim().to_owned()];
+    words.extend(
+        advised
+            .iter()
+            .filter(|(name, _)| !is_configured(name))
+            .map(|(name, value)| format!("{name}={value}")),
+    );
     words.extend_from_slice(devices);
     if let Some(init) = init {
         words.push(format!("-- {init}"));
@@ -210,26 +227,25 @@ fn full_cmdline(configured: &str, devices: &[String]) -> String {
     words.join(" ")
 }
 
+/// Creates the vCPUs, all but the first one's entry state, and says what runs them.
 fn create_vcpus(
     host: &KvmHost,
     vm: &Vm,
-    spec: &VmSpec,
-    entry: boot::Entry,
-) -> Result<Vec<VcpuFd>, BuildError> {
-    let fds = (0..spec.vcpu_count)
+    count: u8,
+) -> Result<(Vec<VcpuFd>, &'static dyn Backend), BuildError> {
+    let fds = (0..count)
         .map(|index| vm.create_vcpu(index))
         .collect::<Result<Vec<_>, _>>()?;
-    let Some(first) = fds.first() else { return Ok(fds) };
-    let backend = backend::detect(first);
-    let table = CpuidTable::new(host.kvm(), backend, spec.vcpu_count, first.get_tsc_khz().ok())?;
-    for (index, fd) in (0..spec.vcpu_count).zip(&fds) {
+    let backend = backend::detect(fds.first());
+    let tsc_khz = fds.first().and_then(|first| first.get_tsc_khz().ok());
+    let table = CpuidTable::new(host.kvm(), backend, count, tsc_khz)?;
+    for (index, fd) in (0..count).zip(&fds) {
         table.apply(fd, index)?;
         msr::set_boot(fd)?;
         regs::set_fpu(fd)?;
         regs::set_lapic(fd)?;
     }
-    regs::set_boot_state(first, vm.ram(), spec.protocol, entry)?;
-    Ok(fds)
+    Ok((fds, backend))
 }
 
 fn spawn_vcpus(
@@ -342,10 +358,15 @@ mod tests {
     fn device_words_come_before_the_arguments_of_init() {
         let devices = ["virtio_mmio.device=4K@0xd0000000:5".to_owned()];
         assert_eq!(
-            full_cmdline("quiet -- -x", &devices),
+            full_cmdline("quiet -- -x", &[], &devices),
             "quiet virtio_mmio.device=4K@0xd0000000:5 -- -x"
         );
-        assert_eq!(full_cmdline("", &devices), devices[0]);
-        assert_eq!(full_cmdline(" a  b ", &[]), "a  b");
+        assert_eq!(full_cmdline("", &[], &devices), devices[0]);
+        assert_eq!(full_cmdline(" a  b ", &[], &[]), "a  b");
+    }
+
+    #[test]
+    fn configured_parameters_win_over_advised_ones() {
+        assert_eq!(full_cmdline("a=1", &[("a", "2"), ("b", "3")], &[]), "a=1 b=3");
     }
 }

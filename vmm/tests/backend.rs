@@ -27,7 +27,7 @@ fn host() -> Option<KvmHost> {
 fn detection_agrees_with_what_the_processor_says() {
     let Some(host) = host() else { return };
     let vm = Vm::new(&host, Arc::new(memory::create(16, true).unwrap())).unwrap();
-    let found = backend::detect(&vm.create_vcpu(0).unwrap()).kind();
+    let found = backend::detect(Some(&vm.create_vcpu(0).unwrap())).kind();
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap();
     let hardware = cpuinfo
         .split_whitespace()
@@ -41,7 +41,7 @@ fn registers_survive_saving_and_restoring_with_those_kvm_does_not_list() {
     let Some(host) = host() else { return };
     let vm = Vm::new(&host, Arc::new(memory::create(16, true).unwrap())).unwrap();
     let (first, second) = (vm.create_vcpu(0).unwrap(), vm.create_vcpu(1).unwrap());
-    let backend = backend::detect(&first);
+    let backend = backend::detect(Some(&first));
     let table = CpuidTable::new(host.kvm(), backend, 2, None).unwrap();
     table.apply(&first, 0).unwrap();
     table.apply(&second, 1).unwrap();

@@ -31,6 +31,9 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// Changes what KVM offers into what the guest shall see, before the topology is filled in.
     fn adjust_cpuid(&self, entries: &mut Vec<kvm_cpuid_entry2>);
 
+    /// Parameters a kernel does better with here, by name and value.
+    fn kernel_parameters(&self) -> &'static [(&'static str, &'static str)];
+
     /// MSRs that belong to a vCPU's state though KVM does not list them.
     fn extra_msrs(&self) -> &'static [u32];
 }
@@ -45,6 +48,10 @@ impl Backend for Hardware {
     }
 
     fn adjust_cpuid(&self, _entries: &mut Vec<kvm_cpuid_entry2>) {}
+
+    fn kernel_parameters(&self) -> &'static [(&'static str, &'static str)] {
+        &[]
+    }
 
     fn extra_msrs(&self) -> &'static [u32] {
         &[]
@@ -69,6 +76,11 @@ impl Backend for Pvm {
         cpuid::mask_paravirtual_features(entries, FEATURE_CLOCK | FEATURE_EOI | FEATURE_CLOCK_STABLE);
     }
 
+    /// A page fault costs several exits here, so each had better bring in more of a file.
+    fn kernel_parameters(&self) -> &'static [(&'static str, &'static str)] {
+        &[("fault_around_bytes", "262144")]
+    }
+
     fn extra_msrs(&self) -> &'static [u32] {
         &[PVM_MSR]
     }
@@ -76,8 +88,8 @@ impl Backend for Pvm {
 
 /// Finds the kind of backend by asking a vCPU for the signature.
 #[must_use]
-pub fn detect(vcpu: &VcpuFd) -> &'static dyn Backend {
-    match msr::read(vcpu, PVM_SIGNATURE_MSR) {
+pub fn detect(vcpu: Option<&VcpuFd>) -> &'static dyn Backend {
+    match vcpu.and_then(|vcpu| msr::read(vcpu, PVM_SIGNATURE_MSR)) {
         Some(PVM_SIGNATURE) => &Pvm,
         _ => &Hardware,
     }
