@@ -84,11 +84,21 @@ pub enum SandboxError {
         /// Which.
         name: String,
     },
-    /// The VMM could not be started or asked.
-    #[error("the VMM failed{}", detail(.diagnosis))]
-    Vmm {
-        /// What it said on its standard error.
+    /// The VMM can't make the microVM as it is asked to.
+    #[error("the microVM can't be made: {message}")]
+    VmRefused {
+        /// What is wrong, in the VMM's words.
+        message: String,
+    },
+    /// The VMM broke off and said why.
+    #[error("the VMM failed: {diagnosis}")]
+    VmmDied {
+        /// The last it said on its standard error.
         diagnosis: String,
+    },
+    /// The VMM could not be asked.
+    #[error("the VMM failed")]
+    Vmm {
         /// What the control socket said.
         source: ClientError,
     },

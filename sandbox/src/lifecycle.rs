@@ -40,7 +40,8 @@ const READY_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The guest kernel's command line; the VMM adds what describes its devices. There is no PCI bus to look for, and
 /// rewriting locks for one CPU costs more than it saves.
-const CMDLINE: &str = "root=/dev/vda ro rootfstype=erofs init=/hull-agent reboot=t panic=-1 pci=off noreplace-smp";
+const CMDLINE: &str =
+    "root=/dev/vda ro rootfstype=erofs init=/hull-agent reboot=t panic=-1 pci=off noreplace-smp";
 /// Added without a console: nothing waits for a port that isn't there.
 const CMDLINE_SILENT: &str = "quiet loglevel=1 8250.nr_uarts=0";
 /// Added with one.

@@ -143,16 +143,14 @@ impl Vmm {
 
     fn call(&mut self, body: RequestBody, fds: &[BorrowedFd<'_>]) -> Result<ResponseBody> {
         self.control.call(body, fds).map_err(|source| match source {
-            // Refusals explain themselves; anything else is explained by what the process said before it died.
-            ClientError::Refused(_) => SandboxError::Vmm {
-                diagnosis: String::new(),
-                source,
+            ClientError::Refused(error) => SandboxError::VmRefused {
+                message: error.message,
             },
             source => {
                 self.process.wait_exited(Duration::from_millis(200));
-                SandboxError::Vmm {
-                    diagnosis: self.diagnosis(),
-                    source,
+                match self.diagnosis() {
+                    silent if silent.is_empty() => SandboxError::Vmm { source },
+                    diagnosis => SandboxError::VmmDied { diagnosis },
                 }
             }
         })
@@ -223,7 +221,6 @@ impl Vmm {
         match self.call(RequestBody::Metrics, &[])? {
             ResponseBody::Metrics(report) => Ok(report),
             _ => Err(SandboxError::Vmm {
-                diagnosis: String::new(),
                 source: ClientError::Closed,
             }),
         }
