@@ -132,7 +132,7 @@ static void ping_pong(void)
 		_exit(0);
 	}
 	close(there[0]);
-	MEASURE("pipe_round_trip", 3000, (void)!write(there[1], &byte, 1); (void)!read(back[0], &byte, 1));
+	MEASURE("pipe_round_trip", 1000, (void)!write(there[1], &byte, 1); (void)!read(back[0], &byte, 1));
 	close(there[1]);
 	reap(child);
 }
@@ -158,30 +158,30 @@ int main(int count, char **arguments)
 	       meminfo("MemTotal:"), meminfo("MemFree:"), meminfo("MemAvailable:"), meminfo("Slab:"), meminfo("Percpu:"),
 	       meminfo("Cached:"));
 
-	MEASURE("getpid", 100000, syscall(SYS_getpid));
+	MEASURE("getpid", 20000, syscall(SYS_getpid));
 	MEASURE("clock_gettime_vdso", 100000, now_ns());
-	MEASURE("clock_gettime_syscall", 50000, struct timespec t; syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &t));
+	MEASURE("clock_gettime_syscall", 10000, struct timespec t; syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &t));
 	MEASURE("sched_getcpu", 20000, sched_getcpu());
-	MEASURE("sched_yield", 20000, sched_yield());
+	MEASURE("sched_yield", 5000, sched_yield());
 	null = open("/dev/null", O_WRONLY);
-	MEASURE("write_1b_dev_null", 20000, (void)!write(null, "x", 1));
+	MEASURE("write_1b_dev_null", 5000, (void)!write(null, "x", 1));
 	zero = open("/dev/zero", O_RDONLY);
-	MEASURE("read_64k_dev_zero", 5000, (void)!read(zero, buffer, sizeof(buffer)));
-	MEASURE("stat_root", 20000, struct stat s; stat("/", &s));
-	MEASURE("open_close", 5000, close(open("/dev/null", O_RDONLY)));
+	MEASURE("read_64k_dev_zero", 2000, (void)!read(zero, buffer, sizeof(buffer)));
+	MEASURE("stat_root", 5000, struct stat s; stat("/", &s));
+	MEASURE("open_close", 2000, close(open("/dev/null", O_RDONLY)));
 	anonymous_memory();
 	file_memory();
-	MEASURE("mmap_touch_munmap", 2000, char *page = map(4096); *page = 1; munmap(page, 4096));
-	MEASURE("mprotect_pair", 2000, static char *page; if (!page) { page = map(4096); *page = 1; } mprotect(page, 4096, PROT_READ);
+	MEASURE("mmap_touch_munmap", 500, char *page = map(4096); *page = 1; munmap(page, 4096));
+	MEASURE("mprotect_pair", 500, static char *page; if (!page) { page = map(4096); *page = 1; } mprotect(page, 4096, PROT_READ);
 		mprotect(page, 4096, PROT_READ | PROT_WRITE));
 	signal(SIGUSR1, ignore);
-	MEASURE("signal_self", 5000, kill(getpid(), SIGUSR1));
-	MEASURE("futex_wake_nobody", 20000, int word = 0; syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0));
-	MEASURE("fork_exit_wait", 200, pid_t child = fork(); if (!child) _exit(0); reap(child));
-	MEASURE("vfork_exec_wait", 100, pid_t child = vfork(); if (!child) exec_self(); reap(child));
-	MEASURE("fork_exec_wait", 100, pid_t child = fork(); if (!child) exec_self(); reap(child));
+	MEASURE("signal_self", 1000, kill(getpid(), SIGUSR1));
+	MEASURE("futex_wake_nobody", 5000, int word = 0; syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0));
+	MEASURE("fork_exit_wait", 100, pid_t child = fork(); if (!child) _exit(0); reap(child));
+	MEASURE("vfork_exec_wait", 50, pid_t child = vfork(); if (!child) exec_self(); reap(child));
+	MEASURE("fork_exec_wait", 50, pid_t child = fork(); if (!child) exec_self(); reap(child));
 	ping_pong();
-	MEASURE("pthread_create_join", 500, pthread_t thread; pthread_create(&thread, NULL, thread_body, NULL); pthread_join(thread, NULL));
+	MEASURE("pthread_create_join", 200, pthread_t thread; pthread_create(&thread, NULL, thread_body, NULL); pthread_join(thread, NULL));
 	MEASURE("nanosleep_1us", 200, struct timespec t = { 0, 1000 }; nanosleep(&t, NULL));
 	MEASURE("cpu_loop_10m", 1, volatile unsigned long sum = 0; for (long k = 0; k < 10000000; k++) sum += k);
 	return finish("bench", 0, 0);
