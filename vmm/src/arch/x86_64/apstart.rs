@@ -2,7 +2,7 @@
 //!
 //! INIT–SIPI starts a processor in real mode, and a PVM backend has to interpret every instruction until the kernel has found
 //! its own page tables. With the doorbell the kernel names the final state instead: it writes the frame number of a page like
-//! [`Page`] to [`layout::APSTART_PORT`](super::layout::APSTART_PORT), and the VMM copies the caller's system registers to the
+//! `Page` to [`layout::APSTART_PORT`](super::layout::APSTART_PORT), and the VMM copies the caller's system registers to the
 //! target. INIT–SIPI keeps working beside it.
 //!
 //! Thread: the caller's vCPU thread validates and waits; the target's own thread changes the target. Everything in the page is

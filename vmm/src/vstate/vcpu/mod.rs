@@ -30,7 +30,7 @@ use std::{
 };
 use vmm_api::StopReason;
 
-/// Enough for the deepest path (a device reset with its log line), measured with a wide margin.
+/// Ample: a thread that has run a guest with every device has touched 8 KiB of it.
 const STACK_BYTES: usize = 128 << 10;
 /// Unclaimed accesses are logged this often, then at every power of two.
 const LOGGED_UNCLAIMED: u64 = 8;
