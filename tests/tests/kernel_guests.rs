@@ -74,8 +74,9 @@ fn every_feature_works_on_an_ordinary_machine() {
     all_checks_pass(Machine::QemuTcg, Guest::Features, 2);
 }
 
-/// Not judged, only shown: `cargo test -p hull-tests --test kernel_guests costs -- --nocapture`.
+/// Not judged, only shown: `cargo test -p hull-tests --test kernel_guests -- --ignored --nocapture`.
 #[test]
+#[ignore = "shows costs and judges nothing"]
 fn costs_are_measured() {
     let Some(run) = run(HERE, Guest::Bench, 1) else {
         return;
