@@ -184,7 +184,7 @@ impl Driver {
                     }
                 }
                 Order::Abandoned => {
-                    tracing::info!("the owner has closed the control connection");
+                    tracing::info!("nobody can control the microVM any more");
                     self.stop.report(StopReason::Requested);
                 }
             }

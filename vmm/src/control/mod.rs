@@ -15,7 +15,8 @@
 //! - Every readable request is answered, in order; one not allowed in the present state is refused and changes nothing.
 //! - A failed Configure leaves the state unconfigured and nothing of the attempt behind.
 //! - With a listening socket, a client that goes away changes nothing: the microVM outlives whoever started it. A connected
-//!   socket is its owner's instead: when it closes, the microVM is stopped, so that a killed owner leaves nothing behind.
+//!   socket is its owner's instead: when it closes, the microVM is stopped, so that a killed owner leaves nothing behind. The
+//!   same happens should the control thread fail: no microVM runs that nobody can reach.
 
 pub mod driver;
 pub mod queue;

@@ -143,6 +143,13 @@ impl ServerEnd {
     }
 }
 
+impl Drop for ServerEnd {
+    /// However the control thread ends, nobody can ask any more. A driver that is stopping already doesn't look.
+    fn drop(&mut self) {
+        self.abandon();
+    }
+}
+
 impl DriverEnd {
     /// Readable while orders may wait.
     pub(super) fn event(&self) -> &EventFd {
@@ -174,5 +181,28 @@ fn busy(message: &str) -> ApiError {
     ApiError {
         code: ErrorCode::Busy,
         message: message.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn end_of_the_control_thread_is_noticed() {
+        let (server, driver) = queue().unwrap();
+        drop(server);
+        assert!(matches!(driver.next(), Ok(Some(Order::Abandoned))));
+        assert!(driver.next().is_err());
+    }
+
+    #[test]
+    fn request_to_a_driver_that_is_gone_is_answered() {
+        let (server, driver) = queue().unwrap();
+        drop(driver);
+        assert_eq!(
+            server.ask(RequestBody::State, Vec::new()).unwrap_err().code,
+            ErrorCode::Busy
+        );
     }
 }
