@@ -492,3 +492,80 @@ fn images_of_many_layers_need_few_mounts() {
     assert_eq!(store.resolve("many").expect("still there").layers, image.layers);
     store.import(&source, Some("many"), &NoProgress).expect("import");
 }
+
+/// A file system of its own for the store.
+fn small_disk(at: &Path, options: &str) -> support::Mounted {
+    fs::create_dir_all(at).expect("scratch directory");
+    support::run(
+        Command::new("mount")
+            .args(["-t", "tmpfs", "-o", options, "tmpfs"])
+            .arg(at),
+    );
+    support::Mounted(at.to_path_buf())
+}
+
+#[test]
+fn a_full_disk_is_said_to_be_full_and_nothing_is_left_on_it() {
+    if support::cannot_mount() {
+        return;
+    }
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let disk = small_disk(&scratch.path().join("disk"), "size=3m");
+    let members: Vec<Member> = (0..100)
+        .map(|index| Member::file(format!("f{index}"), vec![index | 1; 100_000]))
+        .collect();
+    let source = layout(&scratch.path().join("layout"), &[members]);
+    let free = |path: &Path| {
+        rustix::fs::statvfs(path)
+            .map(|status| status.f_bavail)
+            .expect("statvfs")
+    };
+    for reserve_bytes in [0, 64 << 20] {
+        let limits = rootfs_builder::Limits {
+            reserve_bytes,
+            ..rootfs_builder::Limits::default()
+        };
+        let store = Store::open(&disk.0.join("store"))
+            .expect("store")
+            .with_limits(limits);
+        let before = free(&disk.0);
+        let error = store.import(&source, None, &NoProgress).expect_err("no space");
+        let text = format!("{error:?}");
+        assert!(text.contains("NoSpace") || text.contains("StoreFull"), "{text}");
+        Store::open(&disk.0.join("store")).expect("store");
+        assert!(free(&disk.0) >= before.saturating_sub(2), "something was left");
+    }
+}
+
+#[test]
+fn a_store_on_a_read_only_disk_can_be_used_but_not_changed() {
+    if support::cannot_mount() {
+        return;
+    }
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let disk = small_disk(&scratch.path().join("disk"), "size=64m");
+    let source = layout(&scratch.path().join("layout"), &[vec![Member::file("a", b"1")]]);
+    let other = layout(&scratch.path().join("other"), &[vec![Member::file("a", b"2")]]);
+    let limits = rootfs_builder::Limits {
+        reserve_bytes: 0,
+        ..rootfs_builder::Limits::default()
+    };
+    let store = Store::open(&disk.0).expect("store").with_limits(limits);
+    let image = store.import(&source, Some("app"), &NoProgress).expect("import");
+    support::run(Command::new("mount").args(["-o", "remount,ro"]).arg(&disk.0));
+    let store = Store::open(&disk.0).expect("a store that can be read");
+    assert_eq!(store.resolve("app").expect("there").id, image.id);
+    assert_eq!(
+        read(&store.resolve("app").expect("there"), 0, "a").as_deref(),
+        Some(&b"1"[..])
+    );
+    let error = store
+        .import(&other, Some("other"), &NoProgress)
+        .expect_err("read-only");
+    assert!(
+        matches!(&error, Error::Store { source, .. } if source.kind() == std::io::ErrorKind::ReadOnlyFilesystem),
+        "{error:?}"
+    );
+    assert!(store.remove("app").is_err());
+    assert!(store.resolve("app").is_ok());
+}

@@ -34,7 +34,7 @@ pub struct Expected {
 /// The converting thread's end: a reader of the decompressed archive.
 pub struct Decoder<'p> {
     filled: Option<Receiver<io::Result<Vec<u8>>>>,
-    empty: SyncSender<Vec<u8>>,
+    empty: Option<SyncSender<Vec<u8>>>,
     current: Vec<u8>,
     at: usize,
     hasher: Hasher,
@@ -81,7 +81,7 @@ impl<'p> Decoder<'p> {
             .map_err(|source| LayerError::Thread { source })?;
         Ok(Self {
             filled: Some(filled),
-            empty,
+            empty: Some(empty),
             current: Vec::new(),
             at: 0,
             hasher: Hasher::new(expected.diff_id.algorithm()),
@@ -114,7 +114,9 @@ impl<'p> Decoder<'p> {
 
     /// The thread's error, if it had one: it explains whatever the tar reader saw.
     pub fn failure(&mut self) -> Option<LayerError> {
+        // The thread may be waiting for a reader or for an empty buffer: both waits end when this side is gone.
         self.filled = None;
+        self.empty = None;
         match self.thread.take()?.join() {
             Ok(Ok(_)) => None,
             Ok(Err(LayerError::Stopped)) => None,
@@ -134,7 +136,9 @@ impl<'p> Decoder<'p> {
         };
         let used = std::mem::replace(&mut self.current, next);
         // A thread that has finished needs no more buffers.
-        let _ = self.empty.try_send(used);
+        if let Some(empty) = &self.empty {
+            let _ = empty.try_send(used);
+        }
         self.at = 0;
         self.bytes += self.current.len() as u64;
         self.hasher.update(&self.current);
