@@ -66,8 +66,16 @@ fn nothing_wakes_up_while_the_guest_is_halted() {
     }
     let guest = guest_with_devices();
     let vmm = start(&guest);
-    // The last steps of the start.
-    std::thread::sleep(Duration::from_millis(300));
+    // The start has last steps of its own, and a loaded host takes its time over them.
+    let mut settled = activity(vmm.pid());
+    support::wait_until(
+        || {
+            std::thread::sleep(Duration::from_millis(300));
+            let now = activity(vmm.pid());
+            std::mem::replace(&mut settled, now.clone()) == now
+        },
+        || "the end of the start".to_owned(),
+    );
     let before = activity(vmm.pid());
     std::thread::sleep(WATCHED);
     let after = activity(vmm.pid());
