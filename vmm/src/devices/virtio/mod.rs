@@ -31,6 +31,7 @@ pub mod vsock;
 
 use std::fmt;
 use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use metrics::DeviceMetrics;
@@ -175,4 +176,22 @@ pub(crate) fn new_event() -> io::Result<EventFd> {
 /// One event descriptor per queue.
 pub(crate) fn new_events(count: usize) -> io::Result<Vec<EventFd>> {
     (0..count).map(|_| new_event()).collect()
+}
+
+/// How many lines a guest may cause in the log, per device: enough to see what is wrong, too few to fill a disk.
+const MAX_FAULT_LINES: u32 = 16;
+
+/// Counts down the log lines a guest's faults are still worth.
+#[derive(Debug, Default)]
+pub(crate) struct FaultLog(AtomicU32);
+
+impl FaultLog {
+    /// Whether to write a line about one more fault.
+    pub(crate) fn take_line(&self) -> bool {
+        let lines = self.0.load(Ordering::Relaxed);
+        if lines < MAX_FAULT_LINES {
+            self.0.store(lines + 1, Ordering::Relaxed);
+        }
+        lines < MAX_FAULT_LINES
+    }
 }

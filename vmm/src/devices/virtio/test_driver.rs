@@ -357,6 +357,19 @@ impl<D: VirtioDevice + MutEventSubscriber + 'static> TestDriver<D> {
     }
 }
 
+/// How property tests run: briefly, or as long as PROPTEST_CASES says; counterexamples are printed, not stored.
+pub fn fuzz_config() -> ProptestConfig {
+    let cases = std::env::var("PROPTEST_CASES")
+        .ok()
+        .and_then(|cases| cases.parse().ok())
+        .unwrap_or(64);
+    ProptestConfig {
+        cases,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
+}
+
 /// One step of a guest that has gone mad.
 #[derive(Clone, Debug)]
 pub enum Chaos {

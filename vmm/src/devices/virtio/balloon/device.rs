@@ -19,7 +19,8 @@ use super::request::{self, BalloonStatistics, PageRun};
 use super::{BalloonError, BalloonMetrics, BalloonSpec};
 use crate::devices::virtio::queue::{Chain, QueueError, Virtqueue};
 use crate::devices::virtio::{
-    ActivateContext, ActivateError, Interrupt, RING_FEATURES, VirtioDevice, new_events, read_config_bytes,
+    ActivateContext, ActivateError, FaultLog, Interrupt, RING_FEATURES, VirtioDevice, new_events,
+    read_config_bytes,
 };
 
 const F_STATS: u64 = 1 << 1;
@@ -53,6 +54,7 @@ pub struct Balloon {
     timer: Option<(OwnedFd, Duration)>,
     statistics: Option<BalloonStatistics>,
     metrics: Arc<BalloonMetrics>,
+    fault_log: FaultLog,
     active: Option<Active>,
 }
 
@@ -107,6 +109,7 @@ impl Balloon {
             timer,
             statistics: None,
             metrics: Arc::default(),
+            fault_log: FaultLog::default(),
             active: None,
         })
     }
@@ -228,7 +231,9 @@ impl Balloon {
 
     fn work(&mut self, work: impl FnOnce(&mut Self) -> Result<(), QueueError>) {
         if let Err(error) = work(self) {
-            warn!(%error, "the guest broke a queue of the balloon");
+            if self.fault_log.take_line() {
+                warn!(%error, "the guest broke a queue of the balloon");
+            }
             self.metrics.queue_failures.inc();
             if let Some(active) = self.active.take() {
                 active.interrupt.signal_needs_reset();

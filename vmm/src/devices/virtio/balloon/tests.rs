@@ -7,7 +7,7 @@ use super::request::MAX_PAGES;
 use super::*;
 use crate::devices::bus::BusDevice;
 use crate::devices::virtio::test_driver::{
-    INDIRECT, MEM_SIZE, NEXT, TestDriver, chaos, endure, readable, writable,
+    INDIRECT, MEM_SIZE, NEXT, TestDriver, chaos, endure, fuzz_config, readable, writable,
 };
 use crate::devices::virtio::{DeviceMetrics, lock};
 
@@ -301,7 +301,7 @@ fn shared_memory_is_freed_from_the_file_behind_it() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(fuzz_config())]
 
     #[test]
     fn a_mad_guest_neither_panics_nor_hangs_the_device(steps in chaos(4)) {

@@ -18,7 +18,7 @@ use super::{BlkError, BlkMetrics, BlkSpec, MAX_SERIAL_LEN};
 use crate::devices::virtio::iovec::GuestIovecs;
 use crate::devices::virtio::queue::{Chain, QueueError, Segment, Virtqueue, write_segments};
 use crate::devices::virtio::{
-    ActivateContext, ActivateError, Interrupt, VirtioDevice, new_events, read_config_bytes,
+    ActivateContext, ActivateError, FaultLog, Interrupt, VirtioDevice, new_events, read_config_bytes,
 };
 
 const QUEUE_SIZE: u16 = 256;
@@ -37,6 +37,7 @@ pub struct Blk {
     queue_max_sizes: Vec<u16>,
     queue_events: Vec<EventFd>,
     metrics: Arc<BlkMetrics>,
+    fault_log: FaultLog,
     active: Option<Active>,
     /// Scratch space, empty between events.
     completed: Vec<Completion>,
@@ -106,6 +107,7 @@ impl Blk {
             queue_max_sizes: vec![QUEUE_SIZE; queues.into()],
             queue_events,
             metrics: Arc::new(metrics),
+            fault_log: FaultLog::default(),
             active: None,
             completed: Vec::new(),
             chain: Chain::default(),
@@ -287,8 +289,7 @@ impl Blk {
         match (&result, request.operation) {
             (Err(error), operation) => {
                 metrics.failed_requests.inc();
-                // The first tells enough; a guest must not fill the log.
-                if metrics.failed_requests.get() == 1 {
+                if self.fault_log.take_line() {
                     warn!(drive = self.id, ?operation, %error, "a disk request failed");
                 }
             }
@@ -331,7 +332,9 @@ impl Blk {
     }
 
     fn fail(&mut self, error: &QueueError) {
-        warn!(drive = self.id, %error, "the guest broke a queue of the block device");
+        if self.fault_log.take_line() {
+            warn!(drive = self.id, %error, "the guest broke a queue of the block device");
+        }
         self.metrics.queue_failures.inc();
         self.abandon();
     }

@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::devices::virtio::test_driver::{
-    INDIRECT, MEM_SIZE, NEXT, TestDriver, WRITE, chaos, endure, readable, writable,
+    INDIRECT, MEM_SIZE, NEXT, TestDriver, WRITE, chaos, endure, fuzz_config, readable, writable,
 };
 use crate::devices::virtio::{DeviceMetrics, lock};
 
@@ -459,6 +459,57 @@ fn broken_rings_ask_for_a_reset_and_recover() {
 }
 
 #[test]
+fn buffers_that_overlap_the_rings_hurt_nobody_but_the_guest() {
+    with_engines(|mut driver, _image| {
+        let ring = driver.rings[0];
+        for target in [
+            ring.desc,
+            ring.avail,
+            ring.used,
+            ring.used - 256,
+            ring.desc + 4096 - 256,
+        ] {
+            let head = header(&mut driver, IN, 0);
+            for status in [target + 512, ring.used + 2, ring.avail + 2] {
+                driver.add(
+                    0,
+                    &[readable(head, 16), writable(target, 512), writable(status, 1)],
+                );
+                driver.kick(0);
+                driver.run_turns(8);
+                driver.restart();
+            }
+        }
+        let data = driver.alloc(4096);
+        assert_eq!(request(&mut driver, IN, 0, Some((data, 512, true))), (OK, 513));
+    });
+}
+
+#[test]
+fn rings_that_overlap_each_other_hurt_nobody_but_the_guest() {
+    with_engines(|mut driver, _image| {
+        driver.write(0x70, 0);
+        driver.rings[0].avail = driver.rings[0].desc;
+        driver.rings[0].used = driver.rings[0].desc + 4;
+        driver.bring_up(u64::MAX);
+        let head = header(&mut driver, IN, 0);
+        for _ in 0..4 {
+            driver.add(
+                0,
+                &[
+                    readable(head, 16),
+                    writable(head + 512, 512),
+                    writable(head + 1024, 1),
+                ],
+            );
+            driver.kick(0);
+            driver.run_turns(8);
+        }
+        driver.write(0x70, 0);
+    });
+}
+
+#[test]
 fn reset_with_requests_in_flight_waits_for_them() {
     with_engines(|mut driver, _image| {
         for _ in 0..50 {
@@ -594,7 +645,7 @@ fn serials_and_queue_counts_are_bounded() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(fuzz_config())]
 
     #[test]
     fn a_mad_guest_neither_panics_nor_hangs_the_device(steps in chaos(2), uring in any::<bool>()) {

@@ -12,7 +12,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{MAX_REQUEST_BYTES, RngError, RngMetrics};
 use crate::devices::virtio::queue::{Chain, QueueError, Virtqueue, slice_segments, write_segments};
 use crate::devices::virtio::{
-    ActivateContext, ActivateError, Interrupt, RING_FEATURES, VirtioDevice, new_events, read_config_bytes,
+    ActivateContext, ActivateError, FaultLog, Interrupt, RING_FEATURES, VirtioDevice, new_events,
+    read_config_bytes,
 };
 
 const QUEUE_SIZES: [u16; 1] = [64];
@@ -22,6 +23,7 @@ const QUEUE_SIZES: [u16; 1] = [64];
 pub struct Rng {
     queue_events: Vec<EventFd>,
     metrics: Arc<RngMetrics>,
+    fault_log: FaultLog,
     active: Option<Active>,
 }
 
@@ -45,6 +47,7 @@ impl Rng {
         Ok(Self {
             queue_events: new_events(QUEUE_SIZES.len()).map_err(RngError::Event)?,
             metrics: Arc::default(),
+            fault_log: FaultLog::default(),
             active: None,
         })
     }
@@ -176,7 +179,9 @@ impl MutEventSubscriber for Rng {
         let _ = self.queue_events[0].read();
         self.metrics.notifications.inc();
         if let Err(error) = self.process_queue() {
-            warn!(%error, "the guest broke the queue of the entropy device");
+            if self.fault_log.take_line() {
+                warn!(%error, "the guest broke the queue of the entropy device");
+            }
             self.metrics.queue_failures.inc();
             if let Some(active) = self.active.take() {
                 active.interrupt.signal_needs_reset();

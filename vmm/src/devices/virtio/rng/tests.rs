@@ -1,8 +1,8 @@
-use proptest::prelude::{ProptestConfig, prop_assert_eq, proptest};
+use proptest::prelude::{prop_assert_eq, proptest};
 
 use super::*;
 use crate::devices::virtio::test_driver::{
-    INDIRECT, MEM_SIZE, NEXT, TestDriver, chaos, endure, readable, writable,
+    INDIRECT, MEM_SIZE, NEXT, TestDriver, chaos, endure, fuzz_config, readable, writable,
 };
 
 fn driver() -> TestDriver<Rng> {
@@ -93,7 +93,7 @@ fn a_full_ring_is_served_in_turns() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(fuzz_config())]
 
     #[test]
     fn a_mad_guest_neither_panics_nor_hangs_the_device(steps in chaos(1)) {

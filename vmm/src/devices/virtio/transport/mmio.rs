@@ -46,7 +46,9 @@ use super::interrupt::MmioInterrupt;
 use super::page::{PAGE_BYTES, RegisterPage};
 use super::registers::{Registers, feature_word, pristine_queue, set_high, set_low};
 use crate::devices::bus::BusDevice;
-use crate::devices::virtio::{ActivateContext, GuestRam, Interrupt, InterruptLine, VirtioDevice, lock};
+use crate::devices::virtio::{
+    ActivateContext, FaultLog, GuestRam, Interrupt, InterruptLine, VirtioDevice, lock,
+};
 
 /// Size of a device's register page.
 pub const MMIO_SIZE: u64 = PAGE_BYTES;
@@ -79,6 +81,7 @@ pub struct MmioTransport {
     device: Arc<Mutex<dyn VirtioDevice>>,
     interrupt: Arc<MmioInterrupt>,
     registers: Mutex<Registers>,
+    fault_log: FaultLog,
     /// Fixed properties of the device, read without its lock.
     device_type: u32,
     device_features: u64,
@@ -109,6 +112,7 @@ impl MmioTransport {
             device,
             interrupt: Arc::new(MmioInterrupt::new(line, page)),
             registers: Mutex::new(Registers::new(&queue_max_sizes)),
+            fault_log: FaultLog::default(),
             device_type,
             device_features,
             queue_max_sizes,
@@ -286,7 +290,7 @@ impl MmioTransport {
         let usable = state.avail_ring != 0
             && Queue::try_from(QueueState { ready: true, ..state })
                 .is_ok_and(|queue| queue.is_valid(&*self.mem));
-        if !usable {
+        if !usable && self.fault_log.take_line() {
             warn!(?state, "the driver set up a queue that can't work");
         }
         usable
@@ -329,7 +333,7 @@ impl MmioTransport {
     fn features_acceptable(&self, registers: &Registers) -> bool {
         let features = registers.driver_features;
         let acceptable = features & !self.device_features == 0 && features & 1 << VIRTIO_F_VERSION_1 != 0;
-        if !acceptable {
+        if !acceptable && self.fault_log.take_line() {
             warn!(
                 features = format_args!("{features:#x}"),
                 "the driver's choice of features is refused"
@@ -375,7 +379,9 @@ impl MmioTransport {
             acked_features: registers.driver_features,
         });
         if let Err(error) = result {
-            warn!(device = device.name(), %error, "the device could not be activated");
+            if self.fault_log.take_line() {
+                warn!(device = device.name(), %error, "the device could not be activated");
+            }
             self.interrupt.signal_needs_reset();
             return;
         }

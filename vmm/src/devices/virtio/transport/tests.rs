@@ -6,7 +6,9 @@ use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::bus::BusDevice;
-use crate::devices::virtio::test_driver::{DRIVER_OK_STATUS, MEM_SIZE, NEEDS_RESET_STATUS, TestDriver};
+use crate::devices::virtio::test_driver::{
+    DRIVER_OK_STATUS, MEM_SIZE, NEEDS_RESET_STATUS, TestDriver, fuzz_config,
+};
 use crate::devices::virtio::{
     ActivateContext, ActivateError, Interrupt, RING_FEATURES, VirtioDevice, lock, new_events,
     read_config_bytes,
@@ -494,7 +496,7 @@ fn a_reset_restores_every_register() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(fuzz_config())]
 
     #[test]
     fn any_sequence_of_accesses_leaves_a_usable_transport(

@@ -21,7 +21,8 @@ use super::{VsockError, VsockMetrics, VsockSpec};
 use crate::devices::virtio::iovec::GuestIovecs;
 use crate::devices::virtio::queue::{Chain, QueueError, Virtqueue};
 use crate::devices::virtio::{
-    ActivateContext, ActivateError, Interrupt, RING_FEATURES, VirtioDevice, new_events, read_config_bytes,
+    ActivateContext, ActivateError, FaultLog, Interrupt, RING_FEATURES, VirtioDevice, new_events,
+    read_config_bytes,
 };
 
 /// VIRTIO_VSOCK_F_STREAM.
@@ -37,6 +38,8 @@ const FLUSH: u32 = u32::MAX - 1;
 /// How long the guest's packets stay unreported to it when nothing else interrupts it, and small progress of its data
 /// untold. Hardly anybody waits for either, while an interrupt each would cost the guest more than the packet.
 const FLUSH_DELAY: Duration = Duration::from_millis(2);
+/// How often a guest that provides buffers one by one is served before other devices are.
+const MAX_ROUNDS: usize = 16;
 /// Packets unreported at most, if the ring has room for four times as many.
 const MAX_UNREPORTED: u16 = 64;
 
@@ -46,6 +49,7 @@ pub struct Vsock {
     config: [u8; 8],
     queue_events: Vec<EventFd>,
     metrics: Arc<VsockMetrics>,
+    fault_log: FaultLog,
     backend: Backend,
     flush_timer: OwnedFd,
     active: Option<Active>,
@@ -91,6 +95,7 @@ impl Vsock {
             config: cid.to_le_bytes(),
             queue_events: new_events(QUEUE_SIZES.len()).map_err(|source| VsockError::Host { source })?,
             metrics,
+            fault_log: FaultLog::default(),
             backend,
             active: None,
         })
@@ -104,7 +109,9 @@ impl Vsock {
     fn work(&mut self, work: impl FnOnce(&mut Self) -> Result<(), QueueError>) {
         let result = work(self).and_then(|()| self.serve());
         if let Err(error) = result {
-            warn!(%error, "the guest broke a queue of the socket device");
+            if self.fault_log.take_line() {
+                warn!(%error, "the guest broke a queue of the socket device");
+            }
             self.metrics.queue_failures.inc();
             if let Some(active) = self.active.take() {
                 active.interrupt.signal_needs_reset();
@@ -179,15 +186,12 @@ impl Vsock {
         if active.starved || !self.backend.has_work() {
             return Ok(());
         }
-        loop {
+        for _ in 0..MAX_ROUNDS {
             let progress = self.backend.serve(&mut active.rx)?;
             active.rx.signal()?;
             match progress {
                 Progress::Done => return Ok(()),
-                Progress::TurnOver => {
-                    trigger(&self.queue_events[RX]);
-                    return Ok(());
-                }
+                Progress::TurnOver => break,
                 Progress::Starved => {
                     self.metrics.rx_starved_events.inc();
                     if !active.rx.wait_for_buffers()? {
@@ -197,6 +201,8 @@ impl Vsock {
                 }
             }
         }
+        trigger(&self.queue_events[RX]);
+        Ok(())
     }
 
     /// The guest has provided buffers, or the device has given itself another turn.

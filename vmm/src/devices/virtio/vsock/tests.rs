@@ -10,7 +10,9 @@ use super::connection::BUF_ALLOC;
 use super::packet::{HEADER_LEN, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM};
 use super::table::MAX_ENTRIES;
 use super::*;
-use crate::devices::virtio::test_driver::{Chaos, MEM_SIZE, TestDriver, chaos, endure, readable, writable};
+use crate::devices::virtio::test_driver::{
+    Chaos, MEM_SIZE, TestDriver, chaos, endure, fuzz_config, readable, writable,
+};
 use crate::devices::virtio::{DeviceMetrics, lock};
 
 const CID: u64 = 3;
@@ -694,7 +696,7 @@ fn addresses_and_ports_are_checked() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(fuzz_config())]
 
     #[test]
     fn a_mad_guest_neither_panics_nor_hangs_the_device(steps in chaos(3), more in chaos(3)) {
