@@ -309,4 +309,18 @@ mod tests {
             .unwrap_err();
         assert!(matches!(error, SandboxError::AgentConnection { .. }));
     }
+
+    proptest::proptest! {
+        #[test]
+        fn whatever_a_guest_sends_ends_in_an_error_or_an_answer(
+            bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..256),
+        ) {
+            let (mut client, mut agent) = pair();
+            let pending = client.send::<Shutdown>(&Empty::default()).unwrap();
+            agent.write_all(&bytes).unwrap();
+            // The end of the stream is the latest at which the client gives up.
+            drop(agent);
+            let _ = client.wait(&pending, Some(CALL_TIMEOUT));
+        }
+    }
 }

@@ -162,3 +162,104 @@ fn power_off() {
     let Err(errno) = nix::sys::reboot::reboot(nix::sys::reboot::RebootMode::RB_AUTOBOOT);
     log!("reboot: {errno}");
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, io::Read as _, sync::Mutex};
+
+    use agent_protocol::{Message as _, frame::HEADER_BYTES};
+
+    use super::*;
+
+    fn connection() -> Connection {
+        Connection::new(
+            Arc::new(Containers::default()),
+            BootTimes {
+                agent_ns: 1,
+                ready_ns: 2,
+            },
+        )
+    }
+
+    fn request<M: Method>(message: &M::Request) -> Request {
+        Request {
+            service: SERVICE.into(),
+            method: M::NAME.into(),
+            payload: message.write_to_bytes().unwrap(),
+            ..Request::default()
+        }
+    }
+
+    /// Handles a request; gives what was answered.
+    fn handle(connection: &mut Connection, request: &Request) -> Result<Vec<u8>, AgentError> {
+        let (mut read, write) = std::io::pipe().unwrap();
+        let socket = Arc::new(Mutex::new(File::from(std::os::fd::OwnedFd::from(write))));
+        connection.handle(request, &Responder { socket, stream_id: 1 })?;
+        let mut answer = Vec::new();
+        read.read_to_end(&mut answer).unwrap();
+        Ok(answer)
+    }
+
+    fn connect(version: u32) -> Request {
+        request::<Connect>(&ConnectRequest {
+            protocol_version: version,
+            ..ConnectRequest::default()
+        })
+    }
+
+    #[test]
+    fn nothing_is_done_before_the_version_is_settled() {
+        let list = request::<ListProcesses>(&agent_protocol::ContainerRef {
+            container_id: "c".into(),
+            ..Default::default()
+        });
+        let mut connection = connection();
+        assert!(matches!(
+            handle(&mut connection, &list),
+            Err(AgentError::WrongState { .. })
+        ));
+        assert!(matches!(
+            handle(&mut connection, &connect(PROTOCOL_VERSION + 1)),
+            Err(AgentError::Version { .. })
+        ));
+        assert!(matches!(
+            handle(&mut connection, &list),
+            Err(AgentError::WrongState { .. })
+        ));
+        assert!(handle(&mut connection, &connect(PROTOCOL_VERSION)).unwrap().len() > HEADER_BYTES);
+        assert!(matches!(
+            handle(&mut connection, &list),
+            Err(AgentError::NoContainer { .. })
+        ));
+    }
+
+    #[test]
+    fn message_out_of_bounds_is_refused_and_the_connection_goes_on() {
+        let mut connection = connection();
+        handle(&mut connection, &connect(PROTOCOL_VERSION)).unwrap();
+        let bad = request::<GetStats>(&agent_protocol::ContainerRef {
+            container_id: "../..".into(),
+            ..Default::default()
+        });
+        assert!(matches!(
+            handle(&mut connection, &bad),
+            Err(AgentError::Invalid(_))
+        ));
+        let garbage = Request {
+            payload: vec![0xff; 9],
+            ..bad
+        };
+        assert!(matches!(
+            handle(&mut connection, &garbage),
+            Err(AgentError::Malformed)
+        ));
+        let unknown = Request {
+            method: "Explode".into(),
+            ..garbage
+        };
+        assert!(matches!(
+            handle(&mut connection, &unknown),
+            Err(AgentError::UnknownMethod { .. })
+        ));
+    }
+}
