@@ -397,7 +397,7 @@ fn generated_images_look_like_umoci_unpacks_them() {
     let cases = std::env::var("HULL_PROPTEST_CASES")
         .ok()
         .and_then(|text| text.parse().ok())
-        .unwrap_or(40);
+        .unwrap_or(15);
     let layers = proptest::collection::vec(proptest::collection::vec(member(), 1..14), 1..6);
     let image = (layers, 1_usize..6);
     let config = Config {
