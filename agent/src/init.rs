@@ -54,13 +54,12 @@ pub fn prepare() {
     }
 }
 
-/// The controllers every container has. The others are enabled when a limit needs them: each costs a running
-/// kernel tens of milliseconds at first, and the microVM's own size is a container's usual limit.
+/// Every container's processes are counted; CPU time is counted without a controller. The others are enabled when
+/// a limit needs them: each costs a running kernel milliseconds at first, the memory controller tens of them, and
+/// the microVM's own size is a container's usual limit.
 fn enable_controllers() {
-    for controller in ["cpu", "pids"] {
-        if let Err(error) = enable_controller(controller) {
-            log!("enabling the {controller} controller: {error}");
-        }
+    if let Err(error) = enable_controller("pids") {
+        log!("enabling the pids controller: {error}");
     }
 }
 
