@@ -38,10 +38,11 @@ use crate::{
 /// a host that runs more than it can is none.
 const READY_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// The guest kernel's command line; the VMM adds what describes its devices. There is no PCI bus to look for, and
-/// rewriting locks for one CPU costs more than it saves.
-const CMDLINE: &str =
-    "root=/dev/vda ro rootfstype=erofs init=/hull-agent reboot=t panic=-1 pci=off noreplace-smp";
+/// The guest kernel's command line; the VMM adds what describes its devices. There is no PCI bus to look for,
+/// rewriting locks for one CPU costs more than it saves, and a grace period that is waited for (joining a control
+/// group, leaving a namespace) must not take ticks of a timer when the microVM does nothing else.
+const CMDLINE: &str = "root=/dev/vda ro rootfstype=erofs init=/hull-agent reboot=t panic=-1 pci=off \
+                       noreplace-smp rcupdate.rcu_expedited=1";
 /// Added without a console: nothing waits for a port that isn't there.
 const CMDLINE_SILENT: &str = "quiet loglevel=1 8250.nr_uarts=0";
 /// Added with one.
