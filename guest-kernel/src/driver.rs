@@ -24,7 +24,7 @@ const NEEDED_AGAIN_MIB: u64 = 300;
 /// A failure with less than this left is put down to the disk.
 const FULL_MIB: u64 = 8;
 /// Tool runs of a first build, for the progress bar; an estimate does.
-const FIRST_BUILD_STEPS: u64 = 2060;
+const FIRST_BUILD_STEPS: u64 = 2030;
 
 /// Fixed, so that the same inputs give the same bytes.
 const REPRODUCIBLE: [(&str, &str); 4] = [
