@@ -57,7 +57,9 @@ int write_file(const char *path, const char *text);
 const char *read_file(const char *path);
 /* One line to the host. */
 void report(const char *format, ...) __attribute__((format(printf, 1, 2)));
-/* Runs the checks, each in a child killed after a minute; the number that failed. */
+/* Runs the checks, each in a child killed after a minute (CHECK_SECONDS in the environment: another time, 0: none);
+ * the number that failed.
+ */
 int run_checks(const struct check *checks, int count);
 /* Reports the end; stops the machine if this is init, else returns the exit code. */
 int finish(const char *name, int checks, int failed);
