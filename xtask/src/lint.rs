@@ -264,7 +264,7 @@ fn repository_hygiene(root: &Path) -> Result<()> {
         }
         let opens_with_comment = text
             .lines()
-            .find(|line| !line.is_empty())
+            .find(|line| !line.is_empty() && !line.starts_with("#!["))
             .is_some_and(|line| line.starts_with("//!"));
         if !opens_with_comment && !is_test_file(file) {
             faults.push(format!(
