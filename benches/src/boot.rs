@@ -123,7 +123,7 @@ pub fn run(args: &BootArgs, out: &Path) -> Result<()> {
 }
 
 fn command_line() -> String {
-    format!("quiet reboot=t panic=-1 hull_boottimer={MARK_PORT:#x}")
+    format!("quiet reboot=t panic=-1 pci=off noreplace-smp 8250.nr_uarts=0 hull_boottimer={MARK_PORT:#x}")
 }
 
 fn hull(guest: &Guest<'_>) -> Result<Figures> {

@@ -33,22 +33,15 @@ fn vmm_version(program: &std::path::Path) -> String {
 
 /// The release a kernel image says it is.
 fn kernel_version(path: &std::path::Path) -> String {
-    let manifest = path.with_file_name("manifest.json");
-    let text = std::fs::read_to_string(manifest).unwrap_or_default();
-    let value: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-    let named = ["kernel_release", "source_version", "version"]
-        .iter()
-        .find_map(|key| find_text(&value, key));
-    named.unwrap_or_else(|| "unknown".into())
-}
-
-fn find_text(value: &serde_json::Value, key: &str) -> Option<String> {
-    match value {
-        serde_json::Value::Object(fields) => fields
-            .get(key)
-            .and_then(|found| found.as_str().map(str::to_owned))
-            .or_else(|| fields.values().find_map(|inner| find_text(inner, key))),
-        _ => None,
+    // The build driver leaves a manifest beside the image; an installed image may be a link into its cache.
+    let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let text = std::fs::read_to_string(real.with_file_name("manifest.json")).unwrap_or_default();
+    let manifest: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+    let field = |name: &str| manifest[name].as_str();
+    match (field("linux_version"), field("input_hash")) {
+        (Some(version), Some(hash)) => format!("{version} ({})", hash.get(..12).unwrap_or(hash)),
+        (Some(version), None) => version.to_owned(),
+        _ => "unknown".to_owned(),
     }
 }
 
