@@ -26,6 +26,7 @@ const BUILD: &[&str] = &[
     "kmod",
     "libelf-dev",
     "libssl-dev",
+    "perl",
     "pkg-config",
     "rsync",
     "xz-utils",
@@ -37,6 +38,7 @@ const IMAGES: &[&str] = &["busybox-static", "mmdebstrap", "umoci"];
 const TESTS: &[&str] = &[
     "attr",
     "crun",
+    "e2fsprogs",
     "erofs-utils",
     "gdb",
     "iproute2",
