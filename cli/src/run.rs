@@ -244,6 +244,7 @@ impl Run {
                 .collect::<Result<_, _>>()?,
             vcpus: self.cpus.vcpus,
             memory_mib: self.memory.mib,
+            ..ContainerSpec::default()
         })
     }
 }

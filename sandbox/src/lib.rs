@@ -15,6 +15,7 @@
 
 pub mod agent_client;
 pub mod attach;
+pub mod confinement;
 mod defaults;
 mod error;
 mod identity;

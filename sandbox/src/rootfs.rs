@@ -4,6 +4,7 @@ use std::{fs::File, path::PathBuf};
 
 use agent_protocol::rootfs::Upper;
 use rootfs_builder::PreparedImage;
+use serde::{Deserialize, Serialize};
 
 use crate::{Result, SandboxError, vmm_client::Disk};
 
@@ -13,7 +14,7 @@ const AGENT_SERIAL: &str = "hull-agent";
 pub const MAX_LAYERS: usize = 15;
 
 /// Read-only layers and what the writable one on top begins with.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RootfsSpec {
     /// EROFS blobs, lowest first.
     pub layers: Vec<PathBuf>,

@@ -1,10 +1,19 @@
 //! What a front-end asks for, and the agent's request made of it.
 
+use std::collections::BTreeMap;
+
 use agent_protocol::{
     CreateContainerRequest, FileContent, Mount, Process, Resources, Sysctl, WindowSize, process,
 };
 
-use crate::{Result, SandboxError, SandboxId, defaults, rootfs::RootfsSpec};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Result, SandboxError, SandboxId,
+    confinement::{Confinement, DeviceSpec},
+    defaults,
+    rootfs::RootfsSpec,
+};
 
 /// Smallest memory a microVM boots with.
 pub const MIN_MEMORY_MIB: u64 = 64;
@@ -27,7 +36,8 @@ pub struct ImageDefaults {
 }
 
 /// A process to run.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ProcessSpec {
     /// Program and arguments.
     pub args: Vec<String>,
@@ -45,8 +55,9 @@ pub struct ProcessSpec {
     pub window: Option<(u16, u16)>,
 }
 
-/// A container to make.
-#[derive(Debug, Clone)]
+/// A container to make. Kept with it, so a field added later has a default.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ContainerSpec {
     /// Its name; generated where there is none.
     pub name: Option<String>,
@@ -68,6 +79,18 @@ pub struct ContainerSpec {
     pub vcpus: u8,
     /// Memory of the microVM.
     pub memory_mib: u64,
+    /// What the user wants to find it by.
+    pub labels: BTreeMap<String, String>,
+    /// What its processes may do.
+    pub confinement: Confinement,
+    /// Size of `/dev/shm`; docker's 64 MiB where there is none.
+    pub shm_bytes: Option<u64>,
+    /// Kernel parameters of its namespaces.
+    pub sysctls: BTreeMap<String, String>,
+    /// Most processes and threads at once.
+    pub pids_limit: Option<u64>,
+    /// Devices of the microVM beside the default ones.
+    pub devices: Vec<DeviceSpec>,
 }
 
 /// Applies `NAME=value` entries over others.
@@ -343,6 +366,7 @@ mod tests {
             tmpfs: vec![("/run".into(), strings(&["size=1m"]))],
             vcpus: 1,
             memory_mib: 128,
+            ..ContainerSpec::default()
         };
         spec.check().unwrap();
         spec.for_agent(&SandboxId::random().unwrap()).check().unwrap();
