@@ -8,7 +8,7 @@ use sandbox::{
     Directories, ImageDefaults, ProcessSpec, Runtime, SandboxError, Signals, attach::AttachOptions,
 };
 
-use crate::{image, run::resolve_env, terminal};
+use crate::{container_options::resolve_env, image, terminal};
 
 /// Run a command in a running container.
 #[derive(Debug, Args)]

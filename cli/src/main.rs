@@ -6,6 +6,7 @@
 //! Exit codes: those of docker. `run` and `exec` end with the container's own; 125 is ours, 126 a command that
 //! can't be executed, 127 one that isn't found.
 
+mod container_options;
 mod doctor;
 mod exec;
 mod image;

@@ -21,6 +21,7 @@ mod error;
 mod identity;
 mod lifecycle;
 mod locate;
+pub mod log_driver;
 mod process_handle;
 mod recovery;
 pub mod rootfs;

@@ -12,6 +12,7 @@ use crate::{
     Result, SandboxError, SandboxId,
     confinement::{Confinement, DeviceSpec},
     defaults,
+    log_driver::LogConfig,
     rootfs::RootfsSpec,
 };
 
@@ -91,6 +92,16 @@ pub struct ContainerSpec {
     pub pids_limit: Option<u64>,
     /// Devices of the microVM beside the default ones.
     pub devices: Vec<DeviceSpec>,
+    /// Where its output is kept.
+    pub log: LogConfig,
+    /// Size of its writable layer on disk, which is kept with it; in memory where there is none.
+    pub storage_bytes: Option<u64>,
+    /// The signal that asks it to end; SIGTERM where there is none.
+    pub stop_signal: Option<i32>,
+    /// How long it has for that before it is killed.
+    pub stop_timeout_s: Option<u64>,
+    /// Whether it is removed when it has ended.
+    pub auto_remove: bool,
 }
 
 /// Applies `NAME=value` entries over others.

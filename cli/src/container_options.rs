@@ -1,0 +1,326 @@
+//! What `run` and `create` say about a container, and the specification made of it.
+
+use std::{collections::BTreeMap, fs, path::PathBuf};
+
+use anyhow::Context as _;
+use clap::{Args, ValueEnum};
+use sandbox::{
+    ContainerSpec, Directories, ProcessSpec, SandboxError, log_driver::LogConfig, rootfs::RootfsSpec,
+};
+
+use crate::{image, signal_name, terminal};
+
+/// Memory of a microVM unless told otherwise. What the guest doesn't use, or frees, stays with the host.
+const DEFAULT_MEMORY: &str = "512m";
+
+/// When an image is fetched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Pull {
+    /// If it isn't in the store
+    Missing,
+    /// Not at all
+    Never,
+    /// Each time
+    Always,
+}
+
+/// The options of a container, the same for `run` and `create`.
+#[derive(Debug, Args)]
+pub struct ContainerOptions {
+    /// Keep stdin open: the command reads what hull reads
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Remove the container when it ends
+    #[arg(long)]
+    pub rm: bool,
+    /// Name of the container
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Write the container's id to a file, which must not exist
+    #[arg(long, value_name = "FILE")]
+    pub cidfile: Option<PathBuf>,
+    /// When to fetch the image
+    #[arg(long, value_enum, default_value = "missing")]
+    pub pull: Pull,
+    /// Memory of the microVM, in bytes or with a suffix b, k, m, g; the guest gives back what it doesn't use
+    #[arg(short, long, default_value = DEFAULT_MEMORY, value_parser = parse_memory)]
+    memory: Memory,
+    /// CPUs; the microVM has that many vCPUs, rounded up
+    #[arg(long, default_value = "1", value_parser = parse_cpus)]
+    cpus: Cpus,
+    /// Set an environment variable: NAME=VALUE, or NAME to take it from here
+    #[arg(short, long)]
+    env: Vec<String>,
+    /// Read environment variables from a file, one a line
+    #[arg(long, value_name = "FILE")]
+    env_file: Vec<PathBuf>,
+    /// Working directory of the command
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<String>,
+    /// User, and group, of the command: NAME|UID[:GROUP|GID]
+    #[arg(short, long)]
+    user: Option<String>,
+    /// Program to run in place of the image's entrypoint
+    #[arg(long, value_name = "PROGRAM")]
+    entrypoint: Option<String>,
+    /// Hostname of the container
+    #[arg(long)]
+    hostname: Option<String>,
+    /// Mount the container's root filesystem read-only
+    #[arg(long)]
+    read_only: bool,
+    /// Mount a tmpfs: PATH[:OPTIONS]
+    #[arg(long, value_name = "PATH")]
+    tmpfs: Vec<String>,
+    /// Label the container: NAME or NAME=VALUE
+    #[arg(short, long)]
+    label: Vec<String>,
+    /// Signal that asks the container to end; the image's, or TERM
+    #[arg(long, value_name = "SIGNAL", value_parser = signal_name::parse)]
+    stop_signal: Option<i32>,
+    /// Seconds `hull stop` waits before it kills the container [default: 10]
+    #[arg(long, value_name = "SECONDS")]
+    stop_timeout: Option<u64>,
+    /// Where its output is kept: json-file, journald or none
+    #[arg(long, value_name = "DRIVER", default_value = "json-file")]
+    log_driver: String,
+    /// Option of the log driver: max-size=10m, max-file=3 (json-file); tag=NAME (journald)
+    #[arg(long, value_name = "NAME=VALUE")]
+    log_opt: Vec<String>,
+    /// size=N keeps the container's files on disk, in a layer that may grow to N, until it is removed;
+    /// otherwise they are in memory, and gone when it ends
+    #[arg(long, value_name = "size=N")]
+    storage_opt: Vec<String>,
+    /// The image, and the command to run in place of the image's
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_names = ["IMAGE", "COMMAND"], num_args = 1..)]
+    image_and_command: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Memory {
+    mib: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Cpus {
+    vcpus: u8,
+}
+
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let lower = text.to_ascii_lowercase();
+    let lower = lower.strip_suffix('b').unwrap_or(&lower);
+    let lower = lower.strip_suffix('i').unwrap_or(lower);
+    let digits = lower.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit: u64 = match &lower[digits.len()..] {
+        "" => 1,
+        "k" => 1 << 10,
+        "m" => 1 << 20,
+        "g" => 1 << 30,
+        "t" => 1 << 40,
+        _ => return Err("expected a number with a suffix b, k, m or g, as in 512m".into()),
+    };
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| "expected a number with a suffix b, k, m or g, as in 512m")?;
+    Ok(number.checked_mul(unit).ok_or("more than can be counted")?)
+}
+
+fn parse_memory(text: &str) -> Result<Memory, String> {
+    parse_bytes(text).map(|bytes| Memory {
+        mib: bytes.div_ceil(1 << 20),
+    })
+}
+
+fn parse_cpus(text: &str) -> Result<Cpus, String> {
+    let number: f64 = text.parse().map_err(|_| "expected a number, as in 1.5")?;
+    if !(number > 0.0 && number <= 16.0) {
+        return Err("expected a number above 0 and up to 16".into());
+    }
+    let vcpus = (1..=16_u8)
+        .find(|vcpus| f64::from(*vcpus) >= number)
+        .unwrap_or(16);
+    Ok(Cpus { vcpus })
+}
+
+/// Reads variables as docker does: comments and empty lines are skipped, a bare name is taken from here.
+fn read_env_file(path: &PathBuf) -> anyhow::Result<Vec<String>> {
+    let text = fs::read_to_string(path).with_context(|| format!("--env-file {}", path.display()))?;
+    let lines = text
+        .lines()
+        .map(str::trim_start)
+        .filter(|line| !line.is_empty() && !line.starts_with('#'));
+    Ok(lines.map(str::to_owned).collect())
+}
+
+/// A bare name takes its value from here, and vanishes if there is none.
+pub fn resolve_env(entries: &[String]) -> Vec<String> {
+    let resolve = |entry: &String| {
+        if entry.contains('=') {
+            return Some(entry.clone());
+        }
+        std::env::var(entry).ok().map(|value| format!("{entry}={value}"))
+    };
+    entries.iter().filter_map(resolve).collect()
+}
+
+fn parse_tmpfs(text: &str) -> Result<(String, Vec<String>), SandboxError> {
+    let (path, options) = text.split_once(':').unwrap_or((text, ""));
+    if !path.starts_with('/') {
+        return Err(SandboxError::InvalidOption {
+            option: "--tmpfs",
+            problem: format!("{path:?} is not an absolute path"),
+        });
+    }
+    Ok((
+        path.to_owned(),
+        options
+            .split(',')
+            .filter(|option| !option.is_empty())
+            .map(str::to_owned)
+            .collect(),
+    ))
+}
+
+fn parse_label(text: &str) -> Result<(String, String), SandboxError> {
+    let (name, value) = text.split_once('=').unwrap_or((text, ""));
+    if name.is_empty() {
+        return Err(SandboxError::InvalidOption {
+            option: "--label",
+            problem: format!("{text:?} has no name"),
+        });
+    }
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+fn parse_storage(options: &[String]) -> Result<Option<u64>, SandboxError> {
+    let mut size = None;
+    for option in options {
+        let invalid = |problem: String| SandboxError::InvalidOption {
+            option: "--storage-opt",
+            problem: format!("{option:?}: {problem}"),
+        };
+        let Some(("size", value)) = option.split_once('=') else {
+            return Err(invalid("expected size=N, as in size=10g".into()));
+        };
+        size = Some(parse_bytes(value).map_err(invalid)?);
+    }
+    Ok(size)
+}
+
+impl ContainerOptions {
+    /// The image as the user named it.
+    fn image(&self) -> &str {
+        self.image_and_command.first().map_or("", String::as_str)
+    }
+
+    fn process(&self, defaults: &sandbox::ImageDefaults) -> anyhow::Result<ProcessSpec> {
+        let mut env = Vec::new();
+        for path in &self.env_file {
+            env.extend(read_env_file(path)?);
+        }
+        env.extend_from_slice(&self.env);
+        let entrypoint = self.entrypoint.as_ref().map(|program| {
+            // An empty one takes the image's away, as with docker.
+            if program.is_empty() {
+                Vec::new()
+            } else {
+                vec![program.clone()]
+            }
+        });
+        let process = ProcessSpec::compose(
+            defaults,
+            entrypoint,
+            self.image_and_command.get(1..).unwrap_or_default().to_vec(),
+            &resolve_env(&env),
+            self.workdir.clone(),
+            self.user.clone(),
+        )?;
+        Ok(ProcessSpec {
+            terminal: self.tty,
+            stdin: self.interactive,
+            window: if self.tty { terminal::size() } else { None },
+            ..process
+        })
+    }
+
+    /// Finds or fetches the image, and composes the container.
+    pub fn spec(&self, directories: &Directories) -> anyhow::Result<ContainerSpec> {
+        // What needs no image is checked before one is fetched.
+        let log = LogConfig::parse(&self.log_driver, &self.log_opt)?;
+        let storage_bytes = parse_storage(&self.storage_opt)?;
+        let tmpfs = self.tmpfs.iter().map(|text| parse_tmpfs(text));
+        let tmpfs = tmpfs.collect::<Result<_, _>>()?;
+        let labels = self.label.iter().map(|text| parse_label(text));
+        let labels = labels.collect::<Result<BTreeMap<_, _>, _>>()?;
+        let image = image::find_or_import(directories, self.image())?;
+        let process = self.process(&image::defaults(&image.config))?;
+        let images_signal = || {
+            let name = image.config.stop_signal.as_ref()?;
+            signal_name::parse(name).ok()
+        };
+        Ok(ContainerSpec {
+            name: self.name.clone(),
+            image: self.image().to_owned(),
+            image_id: image.id.clone(),
+            rootfs: RootfsSpec::from(&image),
+            process,
+            hostname: self.hostname.clone(),
+            read_only: self.read_only,
+            tmpfs,
+            labels,
+            vcpus: self.cpus.vcpus,
+            memory_mib: self.memory.mib,
+            log,
+            storage_bytes,
+            stop_signal: self.stop_signal.or_else(images_signal),
+            stop_timeout_s: self.stop_timeout,
+            auto_remove: self.rm,
+            ..ContainerSpec::default()
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_takes_the_suffixes_of_docker() {
+        assert_eq!(parse_memory("512m"), Ok(Memory { mib: 512 }));
+        assert_eq!(parse_memory("1G"), Ok(Memory { mib: 1024 }));
+        assert_eq!(parse_memory("1048577"), Ok(Memory { mib: 2 }));
+        assert_eq!(parse_memory("2GiB"), Ok(Memory { mib: 2048 }));
+        assert!(parse_memory("much").is_err());
+        assert!(parse_memory("99999999999999999999g").is_err());
+        assert!(parse_memory("-1m").is_err());
+    }
+
+    #[test]
+    fn fractions_of_cpus_are_rounded_up() {
+        assert_eq!(parse_cpus("0.5"), Ok(Cpus { vcpus: 1 }));
+        assert_eq!(parse_cpus("1.5"), Ok(Cpus { vcpus: 2 }));
+        assert!(parse_cpus("0").is_err());
+        assert!(parse_cpus("NaN").is_err());
+        assert!(parse_cpus("17").is_err());
+    }
+
+    #[test]
+    fn tmpfs_has_a_path_and_options() {
+        let (path, options) = parse_tmpfs("/run:size=1m,mode=700").unwrap();
+        assert_eq!((path.as_str(), options.len()), ("/run", 2));
+        assert!(parse_tmpfs("run").is_err());
+    }
+
+    #[test]
+    fn labels_and_storage_are_checked_by_name() {
+        assert_eq!(parse_label("a=b=c").unwrap(), ("a".into(), "b=c".into()));
+        assert_eq!(parse_label("a").unwrap(), ("a".into(), String::new()));
+        assert!(parse_label("=b").is_err());
+        assert_eq!(parse_storage(&["size=1g".into()]).unwrap(), Some(1 << 30));
+        assert!(parse_storage(&["dm.size=1g".into()]).is_err());
+        assert!(parse_storage(&["size=big".into()]).is_err());
+    }
+}
