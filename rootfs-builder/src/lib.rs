@@ -25,4 +25,7 @@ pub use image::{ImageConfig, ImageError, ImageSource};
 pub use layer::RootMetadata;
 pub use limits::Limits;
 pub use progress::{LayerOutcome, NoProgress, Progress, ProgressEvent};
-pub use store::{Error, ImageName, ImageSummary, LayerBlob, PreparedImage, Pruned, Removed, Store};
+pub use store::{
+    Error, HistoryEntry, ImageDetails, ImageName, ImageSummary, LayerBlob, LayerDetails, PreparedImage,
+    PruneOptions, Pruned, PrunedImage, RemoveOptions, Removed, Store,
+};

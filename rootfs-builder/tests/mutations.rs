@@ -10,7 +10,7 @@ use std::path::Path;
 use proptest::prelude::*;
 use rootfs_builder::erofs::{FileKind, Reader, Stat};
 use rootfs_builder::layer::{Expected, Lower, convert};
-use rootfs_builder::{ImageSource, Limits, NoProgress, Store};
+use rootfs_builder::{ImageSource, Limits, NoProgress, PruneOptions, Store};
 use support::archive::{Layout, Member, archive, checksum, header, padded, pax_record, sha256};
 
 /// An archive with a bit of everything.
@@ -224,7 +224,7 @@ fn an_import_killed_at_any_moment_leaves_nothing() {
     };
     store.import(&source, Some("app"), &NoProgress).expect("import");
     store.remove("app").expect("remove");
-    store.prune(&[]).expect("prune");
+    store.prune(&PruneOptions::default()).expect("prune");
     let left: Vec<_> = fs::read_dir(scratch.path().join("store/images/layers"))
         .expect("layers")
         .collect();

@@ -10,7 +10,8 @@ use std::process::Command;
 
 use rootfs_builder::erofs::{FileKind, Reader};
 use rootfs_builder::{
-    Error, ImageSource, LayerOutcome, NoProgress, PreparedImage, Progress, ProgressEvent, Store,
+    Error, ImageSource, LayerOutcome, NoProgress, PreparedImage, Progress, ProgressEvent, PruneOptions,
+    RemoveOptions, Store,
 };
 use support::archive::{Layout, Member, archive, gzip, sha256};
 
@@ -200,12 +201,148 @@ fn prune_takes_what_has_no_name_and_spares_what_is_kept() {
                 .id
         })
         .collect();
-    let pruned = store.prune(&ids[..1]).expect("prune");
-    assert_eq!((pruned.images, pruned.layers), (1, 1));
+    let options = PruneOptions {
+        in_use: &ids[..1],
+        ..PruneOptions::default()
+    };
+    let looked = store
+        .prune(&PruneOptions {
+            dry_run: true,
+            ..options
+        })
+        .expect("a look");
+    let pruned = store.prune(&options).expect("prune");
+    assert_eq!(looked, pruned);
+    assert_eq!((pruned.images.len(), pruned.layers), (1, 1));
     assert!(pruned.bytes >= 4096);
     assert!(
         store.resolve(&ids[0]).is_ok() && store.resolve(&ids[1]).is_err() && store.resolve(&ids[2]).is_ok()
     );
+}
+
+#[test]
+fn what_is_in_use_or_has_several_names_is_only_removed_by_force() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let store = Store::open(&scratch.path().join("store")).expect("store");
+    let source = layout(&scratch.path().join("layout"), &[vec![Member::file("a", b"1")]]);
+    let image = store.import(&source, Some("one"), &NoProgress).expect("import");
+    store.tag("one", "two").expect("tag");
+    let in_use = [image.id.clone()];
+    let careful = RemoveOptions {
+        in_use: &in_use,
+        force: false,
+    };
+    let forced = RemoveOptions {
+        force: true,
+        ..careful
+    };
+    match store.remove_with(&image.id[..12], &careful) {
+        Err(Error::SeveralNames { names, .. }) => assert_eq!(names, ["one:latest", "two:latest"]),
+        other => panic!("{other:?}"),
+    }
+    // One name of two may go whatever the image is used for.
+    let removed = store.remove_with("two", &careful).expect("a name");
+    assert_eq!(
+        (removed.untagged.as_slice(), removed.deleted),
+        (&["two:latest".to_owned()][..], None)
+    );
+    assert!(matches!(
+        store.remove_with("one", &careful),
+        Err(Error::InUse { .. })
+    ));
+    assert_eq!(store.resolve("one").expect("unchanged").names, ["one:latest"]);
+    let removed = store.remove_with("one", &forced).expect("forced");
+    assert_eq!((removed.deleted, removed.bytes), (None, 0));
+    assert!(store.resolve(&image.id).expect("still there").names.is_empty());
+    let pruned = store
+        .prune(&PruneOptions {
+            in_use: &in_use,
+            ..PruneOptions::default()
+        })
+        .expect("prune");
+    assert!(pruned.images.is_empty());
+    let removed = store
+        .remove_with(&image.id, &RemoveOptions::default())
+        .expect("unused now");
+    assert_eq!(removed.deleted, Some(image.id));
+    assert_eq!(removed.layers, [image.layers[0].diff_id.clone()]);
+    assert!(removed.bytes >= 4096 && !image.layers[0].path.exists());
+}
+
+#[test]
+fn prune_takes_named_images_if_told_to_and_damaged_ones() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let root = scratch.path().join("store");
+    let store = Store::open(&root).expect("store");
+    let import = |name: &str| {
+        let members = vec![Member::file(name, name.as_bytes())];
+        let source = layout(&scratch.path().join(name), &[members]);
+        store.import(&source, Some(name), &NoProgress).expect("import")
+    };
+    let (kept, gone, damaged) = (import("kept"), import("gone"), import("damaged"));
+    store.tag("gone", "gone:2").expect("tag");
+    store.untag("gone:2").expect("untag");
+    assert!(matches!(store.untag("gone:2"), Err(Error::NotFound { .. })));
+    fs::write(root.join(format!("images/images/{}.json", damaged.id)), b"{").expect("file");
+    assert!(matches!(store.resolve("damaged"), Err(Error::Damaged { .. })));
+    assert_eq!(store.list().expect("the others").len(), 2);
+    let pruned = store
+        .prune(&PruneOptions {
+            in_use: std::slice::from_ref(&kept.id),
+            all: true,
+            dry_run: false,
+        })
+        .expect("prune");
+    let mut names: Vec<_> = pruned.images.iter().flat_map(|image| &image.names).collect();
+    names.sort();
+    assert_eq!(names, ["damaged:latest", "gone:latest"]);
+    assert_eq!(pruned.layers, 2);
+    assert!(store.resolve(&gone.id).is_err() && store.resolve("kept").is_ok());
+    // A damaged one can also be removed by hand.
+    let damaged = import("damaged");
+    fs::write(root.join(format!("images/images/{}.json", damaged.id)), b"{").expect("file");
+    assert_eq!(store.remove("damaged").expect("remove").deleted, Some(damaged.id));
+}
+
+#[test]
+fn an_image_can_be_looked_at() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let store = Store::open(&scratch.path().join("store")).expect("store");
+    let dir = scratch.path().join("layout");
+    let mut layout = Layout::new(&dir);
+    let (below, above) = (
+        archive(&[Member::file("a", vec![1; 9000])]),
+        archive(&[Member::file("b", b"2")]),
+    );
+    layout.layer(&below).layer(&above);
+    layout.config["config"]["Labels"] = serde_json::json!({"purpose": "test"});
+    layout.config["history"] = serde_json::json!([
+        {"created": "2026-01-01T00:00:00Z", "created_by": "COPY a"},
+        {"created_by": "ENV x=y", "empty_layer": true},
+        {"created_by": "COPY b", "comment": "last"},
+    ]);
+    layout.write();
+    let source = ImageSource::OciLayout { dir, tag: None };
+    store.import(&source, Some("app"), &NoProgress).expect("import");
+    let details = store.inspect("app").expect("there");
+    assert_eq!(details.names, ["app:latest"]);
+    assert_eq!(details.config.labels["purpose"], "test");
+    let diff_ids: Vec<_> = details.layers.iter().map(|layer| layer.diff_id.clone()).collect();
+    assert_eq!(diff_ids, [sha256(&below), sha256(&above)]);
+    let layer = &details.layers[0];
+    assert_eq!(layer.archive_bytes, Some(below.len() as u64));
+    assert_eq!(layer.blob_bytes, Some(gzip(&below).len() as u64));
+    assert!(layer.size_bytes >= 9000 && layer.digest != layer.diff_id);
+    let steps: Vec<_> = details
+        .history
+        .iter()
+        .map(|step| (step.empty_layer, step.size_bytes))
+        .collect();
+    let sizes: Vec<u64> = details.layers.iter().map(|layer| layer.size_bytes).collect();
+    assert_eq!(steps, [(false, sizes[0]), (true, 0), (false, sizes[1])]);
+    assert_eq!(details.size_bytes, sizes.iter().sum::<u64>());
+    let listed = store.list().expect("list");
+    assert_eq!(listed[0].labels, details.config.labels);
 }
 
 #[test]
@@ -487,7 +624,7 @@ fn images_of_many_layers_need_few_mounts() {
     store.import(&source, Some("many"), &again).expect("import");
     assert_eq!(*again.0.borrow(), [false; 100]);
     // The single layers that were merged are not needed any more.
-    let pruned = store.prune(&[]).expect("prune");
+    let pruned = store.prune(&PruneOptions::default()).expect("prune");
     assert_eq!(pruned.layers, 89);
     assert_eq!(store.resolve("many").expect("still there").layers, image.layers);
     store.import(&source, Some("many"), &NoProgress).expect("import");

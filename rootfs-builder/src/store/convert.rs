@@ -53,6 +53,7 @@ pub(super) fn layers_when(
             digest: source.digest().clone(),
             diff_id: source.diff_id.clone(),
             size_bytes: record.size_bytes,
+            blob_bytes: source.blob.as_ref().map(|(_, size)| *size),
         });
         chain = Some(chained);
     }

@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -154,6 +154,11 @@ impl Directories {
             .map_err(at(parent))
     }
 
+    /// Wait until nobody else changes what names and images there are.
+    pub fn lock_names(&self) -> Result<File, Error> {
+        self.lock_layer("names")
+    }
+
     /// Wait until nobody else converts the layer.
     pub fn lock_layer(&self, key: &str) -> Result<File, Error> {
         let path = self.temporary.join(format!("{key}.lock"));
@@ -239,6 +244,21 @@ pub(super) fn remove_downloads(directories: &Directories) -> Result<(), Error> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(&directories.downloads)(error)),
         _ => Ok(()),
     }
+}
+
+/// Space of what pulls that broke off have fetched.
+pub(super) fn downloaded_bytes(directories: &Directories) -> Result<u64, Error> {
+    let mut bytes = 0;
+    let mut todo = vec![directories.downloads.clone()];
+    while let Some(path) = todo.pop() {
+        match fs::symlink_metadata(&path) {
+            Ok(status) if status.is_dir() => todo.extend(list(&path)?.into_iter().map(|(_, path)| path)),
+            Ok(status) => bytes += status.blocks() * 512,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(at(&path)(error)),
+        }
+    }
+    Ok(bytes)
 }
 
 /// Remove a file that may be gone already.

@@ -18,21 +18,24 @@
 
 mod convert;
 mod files;
+mod inspect;
 mod mounts;
 mod name;
 #[cfg(feature = "registry")]
 mod pull;
 mod record;
+mod removal;
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use files::{Directories, StoreLock};
+pub use inspect::{HistoryEntry, ImageDetails, LayerDetails};
 pub use name::ImageName;
 use record::{ImageRecord, LayerRecord};
 pub use record::{ImageSummary, LayerBlob, PreparedImage};
+pub use removal::{PruneOptions, Pruned, PrunedImage, RemoveOptions, Removed};
 
 use crate::image::{ImageError, ImageSource};
 use crate::layer::LayerError;
@@ -67,23 +70,12 @@ pub enum Error {
     },
     #[error("layer {diff_id} of image {image} is missing from the store; import the image again")]
     MissingLayer { image: String, diff_id: String },
-}
-
-/// What removing an image did.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Removed {
-    /// Names that are gone.
-    pub untagged: Vec<String>,
-    /// The id of the image, if nothing refers to it any more.
-    pub deleted: Option<String>,
-}
-
-/// What a clean-up removed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Pruned {
-    pub images: usize,
-    pub layers: usize,
-    pub bytes: u64,
+    #[error("image {name} is used by a container; remove the container first, or force the removal")]
+    InUse { id: String, name: String },
+    #[error("image {id} goes by several names ({}); remove them one by one, or force the removal", names.join(", "))]
+    SeveralNames { id: String, names: Vec<String> },
+    #[error("cancelled")]
+    Cancelled,
 }
 
 /// The images of one root directory.
@@ -160,19 +152,42 @@ impl Store {
             layers: image.layers.len(),
             bytes,
         });
-        if let Some(known) = self.known(image.id.hex(), progress)? {
-            self.set_name(&name, &known.id)?;
-            progress.event(ProgressEvent::ImageFinished);
-            return self.prepare(&known);
-        }
-        let layers = convert::layers(&self.directories, self.limits, &image, progress)?;
-        let (mounts, root) = mounts::choose(&self.directories, &layers, self.mounts_max)?;
-        let record = ImageRecord::new(&image, layers, mounts, root);
-        self.directories
-            .write_json(&self.directories.image(&record.id), &record)?;
-        self.set_name(&name, &record.id)?;
+        let record = match self.known(image.id.hex(), progress)? {
+            Some(known) => known,
+            None => {
+                let layers = convert::layers(&self.directories, self.limits, &image, progress)?;
+                let (mounts, root) = mounts::choose(&self.directories, &layers, self.mounts_max)?;
+                ImageRecord::new(&image, layers, mounts, root)
+            }
+        };
+        let record = self.publish(record, &name, None)?;
         progress.event(ProgressEvent::ImageFinished);
         self.prepare(&record)
+    }
+
+    /// Make an image whose layers are all there visible, under a name, and remember what a registry calls it.
+    fn publish(
+        &self,
+        mut record: ImageRecord,
+        name: &ImageName,
+        repo_digest: Option<String>,
+    ) -> Result<ImageRecord, Error> {
+        // Whoever removes the image at this moment does it before or after, not in between.
+        let _names = self.directories.lock_names()?;
+        let path = self.directories.image(&record.id);
+        let before = self.directories.read_json::<ImageRecord>(&path).ok().flatten();
+        let known = before.iter().flat_map(|before| before.repo_digests.clone());
+        record.repo_digests = known.chain(repo_digest).collect();
+        record.repo_digests.sort();
+        record.repo_digests.dedup();
+        let changed = before.is_none_or(|before| {
+            before.repo_digests != record.repo_digests || before.mounts() != record.mounts()
+        });
+        if changed {
+            self.directories.write_json(&path, &record)?;
+        }
+        self.set_name(name, &record.id)?;
+        Ok(record)
     }
 
     /// The image of this name, or id, or beginning of an id.
@@ -185,42 +200,6 @@ impl Store {
         self.prepare(&record)
     }
 
-    /// The image's configuration as it came, JSON.
-    ///
-    /// # Errors
-    /// As [`Store::resolve`].
-    pub fn raw_config(&self, name_or_id: &str) -> Result<String, Error> {
-        let _lock = StoreLock::shared(&self.directories)?;
-        self.find(name_or_id).map(|record| record.raw_config)
-    }
-
-    /// All images, by name.
-    ///
-    /// # Errors
-    /// The store can't be read.
-    pub fn list(&self) -> Result<Vec<ImageSummary>, Error> {
-        let _lock = StoreLock::shared(&self.directories)?;
-        let names = self.names()?;
-        let mut images = Vec::new();
-        for record in self.records()? {
-            let own = names
-                .iter()
-                .filter(|(_, id)| *id == record.id)
-                .map(|(name, _)| name.clone())
-                .collect();
-            images.push(ImageSummary {
-                names: own,
-                created: record.config.created.clone(),
-                size_bytes: record.mounts().iter().map(|layer| layer.size_bytes).sum(),
-                layers: record.layers.len(),
-                imported_at: record.imported_at,
-                id: record.id,
-            });
-        }
-        images.sort_by(|a, b| a.names.cmp(&b.names).then_with(|| a.id.cmp(&b.id)));
-        Ok(images)
-    }
-
     /// Give an image one more name, taking it from whichever image had it.
     ///
     /// # Errors
@@ -228,93 +207,9 @@ impl Store {
     pub fn tag(&self, name_or_id: &str, new: &str) -> Result<(), Error> {
         let new = ImageName::parse(new)?;
         let _lock = StoreLock::shared(&self.directories)?;
+        let _names = self.directories.lock_names()?;
         let record = self.find(name_or_id)?;
         self.set_name(&new, &record.id)
-    }
-
-    /// Take a name from its image, and the image away with its last name; an id takes all names.
-    ///
-    /// # Errors
-    /// There is no such image.
-    pub fn remove(&self, name_or_id: &str) -> Result<Removed, Error> {
-        let lock = StoreLock::shared(&self.directories)?;
-        let record = self.find(name_or_id)?;
-        let mut of_image = self.names()?;
-        of_image.retain(|(_, id)| *id == record.id);
-        let by_name = ImageName::parse(name_or_id).ok().map(|name| name.to_string());
-        let mut removed = Removed::default();
-        let total = of_image.len();
-        let named = of_image.iter().any(|(name, _)| by_name.as_ref() == Some(name));
-        for (name, _) in of_image
-            .into_iter()
-            .filter(|(name, _)| !named || by_name.as_ref() == Some(name))
-        {
-            files::remove(&self.directories.name(&ImageName::parse(&name)?))?;
-            removed.untagged.push(name);
-        }
-        if removed.untagged.len() == total {
-            files::remove(&self.directories.image(&record.id))?;
-            removed.deleted = Some(record.id);
-        }
-        drop(lock);
-        // Layers go as well, unless someone is just using the store: then the next clean-up takes them.
-        if removed.deleted.is_some()
-            && let Some(_lock) = StoreLock::try_exclusive(&self.directories)?
-        {
-            self.remove_unused_layers()?;
-        }
-        Ok(removed)
-    }
-
-    /// Remove images without a name, except those in `keep_ids`, and layers no image has. Waits for others to finish.
-    ///
-    /// # Errors
-    /// The store can't be read or written to.
-    pub fn prune(&self, keep_ids: &[String]) -> Result<Pruned, Error> {
-        let _lock = StoreLock::exclusive(&self.directories)?;
-        files::remove_leftovers(&self.directories)?;
-        files::remove_downloads(&self.directories)?;
-        let named: BTreeSet<String> = self.names()?.into_iter().map(|(_, id)| id).collect();
-        let mut images = 0;
-        for record in self.records()? {
-            if !named.contains(&record.id) && !keep_ids.contains(&record.id) {
-                files::remove(&self.directories.image(&record.id))?;
-                images += 1;
-            }
-        }
-        let (layers, bytes) = self.remove_unused_layers()?;
-        Ok(Pruned {
-            images,
-            layers,
-            bytes,
-        })
-    }
-
-    fn remove_unused_layers(&self) -> Result<(usize, u64), Error> {
-        let used: BTreeSet<String> = self
-            .records()?
-            .into_iter()
-            .flat_map(|record| {
-                record
-                    .mounts()
-                    .iter()
-                    .map(|layer| layer.key.clone())
-                    .collect::<Vec<_>>()
-            })
-            .collect();
-        let (mut layers, mut bytes) = (0, 0);
-        for key in self.directories.layer_keys()? {
-            if used.contains(&key) {
-                continue;
-            }
-            let blob = self.directories.layer_blob(&key);
-            bytes += fs::metadata(&blob).map_or(0, |metadata| metadata.len());
-            // The record first: without it the blob doesn't count.
-            files::remove(&self.directories.layer_record(&key))?;
-            files::remove(&blob)?;
-            layers += 1;
-        }
-        Ok((layers, bytes))
     }
 
     /// An image that is here already, with all it needs.
@@ -348,16 +243,28 @@ impl Store {
     }
 
     fn find(&self, name_or_id: &str) -> Result<ImageRecord, Error> {
+        let id = self.find_id(name_or_id)?;
+        self.directories
+            .read_json(&self.directories.image(&id))?
+            .ok_or_else(|| Error::NotFound {
+                name: name_or_id.to_owned(),
+            })
+    }
+
+    /// The id of the image of this name, repository digest, id, or beginning of an id.
+    fn find_id(&self, name_or_id: &str) -> Result<String, Error> {
         let not_found = || Error::NotFound {
             name: name_or_id.to_owned(),
         };
         if let Ok(name) = ImageName::parse(name_or_id)
             && let Ok(id) = fs::read_to_string(self.directories.name(&name))
         {
-            return self
-                .directories
-                .read_json(&self.directories.image(id.trim()))?
-                .ok_or_else(not_found);
+            return Ok(id.trim().to_owned());
+        }
+        if name_or_id.contains('@') {
+            let mut records = self.records()?.into_iter();
+            let found = records.find(|record| record.repo_digests.iter().any(|digest| digest == name_or_id));
+            return found.map(|record| record.id).ok_or_else(not_found);
         }
         let prefix = name_or_id.strip_prefix("sha256:").unwrap_or(name_or_id);
         if prefix.len() < 4 || !prefix.bytes().all(|byte| byte.is_ascii_hexdigit()) {
@@ -370,10 +277,7 @@ impl Store {
             .filter(|id| id.starts_with(prefix))
             .collect();
         match (found.pop(), found.is_empty()) {
-            (Some(id), true) => self
-                .directories
-                .read_json(&self.directories.image(&id))?
-                .ok_or_else(not_found),
+            (Some(id), true) => Ok(id),
             (Some(_), false) => Err(Error::AmbiguousId {
                 prefix: prefix.to_owned(),
             }),
@@ -381,16 +285,25 @@ impl Store {
         }
     }
 
+    /// All images whose description can be read.
     fn records(&self) -> Result<Vec<ImageRecord>, Error> {
         let mut records = Vec::new();
         for id in self.directories.image_ids()? {
             // Another process may just have removed it.
-            records.extend(self.directories.read_json(&self.directories.image(&id))?);
+            match self.directories.read_json(&self.directories.image(&id)) {
+                Ok(record) => records.extend(record),
+                Err(Error::Damaged { .. }) => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(records)
     }
 
-    /// Names and the ids they stand for.
+    fn names_of(&self, id: &str) -> Result<Vec<String>, Error> {
+        let names = self.names()?.into_iter().filter(|(_, of)| of == id);
+        Ok(names.map(|(name, _)| name).collect())
+    }
+
     fn names(&self) -> Result<Vec<(String, String)>, Error> {
         let mut names = Vec::new();
         for (name, path) in self.directories.names()? {
@@ -403,11 +316,10 @@ impl Store {
     }
 
     fn prepare(&self, record: &ImageRecord) -> Result<PreparedImage, Error> {
-        let mut names = self.names()?;
-        names.retain(|(_, id)| *id == record.id);
         let mut image = PreparedImage {
             id: record.id.clone(),
-            names: names.into_iter().map(|(name, _)| name).collect(),
+            names: self.names_of(&record.id)?,
+            repo_digests: record.repo_digests.clone(),
             manifest_digest: record.manifest_digest.clone(),
             config: record.config.clone(),
             root: crate::layer::RootMetadata::default(),

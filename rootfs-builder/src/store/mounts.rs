@@ -78,6 +78,7 @@ fn merged_layer(
         digest: digest.clone(),
         diff_id: digest.clone(),
         size_bytes,
+        blob_bytes: None,
     };
     if let Ok(Some(record)) = directories.layer(&key) {
         return Ok(as_layer(record.size_bytes));

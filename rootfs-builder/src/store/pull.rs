@@ -58,13 +58,14 @@ impl Store {
                         }
                     })?;
                 let (mounts, root) = mounts::choose(&self.directories, &layers, self.mounts_max)?;
-                let record = ImageRecord::new(&image, layers, mounts, root);
-                self.directories
-                    .write_json(&self.directories.image(&record.id), &record)?;
-                record
+                ImageRecord::new(&image, layers, mounts, root)
             }
         };
-        self.set_name(&name, &record.id)?;
+        let repo_digest = image
+            .manifest
+            .as_ref()
+            .map(|digest| format!("{}/{}@{digest}", reference.registry(), reference.repository()));
+        let record = self.publish(record, &name, repo_digest)?;
         let documents = image.manifest.iter().chain([&image.id]);
         let blobs = image
             .layers

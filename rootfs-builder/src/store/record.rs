@@ -1,5 +1,6 @@
 //! What the store writes down about images and layers, and what it tells its users.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -48,6 +49,9 @@ pub(super) struct ImageRecord {
     pub version: u32,
     pub id: String,
     pub manifest_digest: String,
+    /// `HOST/REPOSITORY@DIGEST` of the registries it was pulled from.
+    #[serde(default)]
+    pub repo_digests: Vec<String>,
     pub config: ImageConfig,
     pub raw_config: String,
     /// All layers of the image, bottom one first.
@@ -63,12 +67,15 @@ pub(super) struct ImageRecord {
 }
 
 /// A layer as an image refers to it.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ImageLayer {
     pub key: String,
     pub digest: Digest,
     pub diff_id: Digest,
     pub size_bytes: u64,
+    /// Of the blob it was made from, if the image's format says.
+    #[serde(default)]
+    pub blob_bytes: Option<u64>,
 }
 
 impl ImageRecord {
@@ -89,6 +96,7 @@ impl ImageRecord {
                 .as_ref()
                 .map(ToString::to_string)
                 .unwrap_or_default(),
+            repo_digests: Vec::new(),
             config: image.config.clone(),
             raw_config: image.raw_config.clone(),
             layers,
@@ -112,6 +120,8 @@ pub struct PreparedImage {
     pub names: Vec<String>,
     /// Empty if the image came without a manifest.
     pub manifest_digest: String,
+    /// `HOST/REPOSITORY@DIGEST` of every registry it was pulled from.
+    pub repo_digests: Vec<String>,
     pub config: ImageConfig,
     /// The root directory's metadata: overlayfs shows that of its upper directory, so it must be given to that.
     pub root: RootMetadata,
@@ -142,4 +152,9 @@ pub struct ImageSummary {
     pub layers: usize,
     /// Seconds since 1970.
     pub imported_at: u64,
+    /// Empty if the image came without a manifest.
+    pub manifest_digest: String,
+    /// `HOST/REPOSITORY@DIGEST` of every registry it was pulled from.
+    pub repo_digests: Vec<String>,
+    pub labels: BTreeMap<String, String>,
 }
