@@ -1,0 +1,3 @@
+[ -e usr/bin/node ] || ln -s nodejs usr/bin/node
+ldconfig -r .
+rm -rf var/cache/ldconfig

@@ -1,0 +1,2 @@
+ldconfig -r .
+rm -rf var/cache/ldconfig
