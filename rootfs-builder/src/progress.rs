@@ -1,8 +1,15 @@
 //! What an import tells whoever watches it.
 
 /// Watches an import. Called on the importing thread, some thousand times for each gigabyte.
+///
+/// Nobody has to be told of a process that is to end: an import or a pull may be killed at any moment, and the next one goes on.
 pub trait Progress {
     fn event(&self, event: ProgressEvent<'_>);
+
+    /// Asked some ten times a second: whether to give up. What was fetched stays for the next pull.
+    fn cancelled(&self) -> bool {
+        false
+    }
 
     /// So much of the layer `index` came from the registry; told some ten times a second while a pull waits.
     fn fetched(&self, index: usize, bytes_done: u64, bytes: u64) {
@@ -10,7 +17,7 @@ pub trait Progress {
     }
 }
 
-/// What happens during an import, in this order.
+/// What happens during an import, in this order for each layer; several layers are under way at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProgressEvent<'a> {
     /// The image was found and its description is right. `bytes`: of all layers as stored.

@@ -67,7 +67,7 @@ fn try_convert(tar: &[u8], directory: &Path) -> Option<File> {
             ..Limits::default()
         },
         (output.try_clone().expect("file"), directory),
-        &|_| {},
+        &|_| true,
     );
     result.ok().map(|_| output)
 }

@@ -17,8 +17,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use rootfs_builder::registry::{Credentials, Reference};
-use rootfs_builder::{Error, LayerOutcome, NoProgress, Progress, ProgressEvent, Store};
+use rootfs_builder::registry::{Credentials, PullOptions, Reference};
+use rootfs_builder::{Error, LayerOutcome, NoProgress, PreparedImage, Progress, ProgressEvent, Store};
 use support::archive::{Layout, Member, archive};
 use support::{has, run};
 
@@ -109,6 +109,12 @@ fn told(error: &Error) -> String {
     text
 }
 
+fn pulled(store: &Store, reference: &Reference, options: &PullOptions) -> PreparedImage {
+    store
+        .pull(reference, None, options, &NoProgress)
+        .unwrap_or_else(|error| panic!("{}", told(&error)))
+}
+
 /// Data that doesn't compress: blobs of some size.
 fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -167,7 +173,7 @@ fn an_image_is_pulled_and_only_once() {
     let reference = registry.reference("team/app:1");
     let watched = Watched::default();
     let image = store
-        .pull(&reference, None, None, &watched)
+        .pull(&reference, None, &PullOptions::new(), &watched)
         .unwrap_or_else(|error| panic!("{}", told(&error)));
     assert_eq!(*watched.converted.borrow(), [true; 6]);
     assert!(watched.fetched.borrow().iter().any(|(_, bytes)| *bytes > 0));
@@ -177,7 +183,7 @@ fn an_image_is_pulled_and_only_once() {
     let again = Watched::default();
     let by_digest = registry.reference(&format!("team/app@{}", image.manifest_digest));
     store
-        .pull(&by_digest, Some("mine"), None, &again)
+        .pull(&by_digest, Some("mine"), &PullOptions::new(), &again)
         .unwrap_or_else(|error| panic!("{}", told(&error)));
     assert_eq!(*again.converted.borrow(), [false; 6]);
     let left = fs::read_dir(scratch.path().join("store/images/downloads/blobs/sha256"))
@@ -187,7 +193,12 @@ fn an_image_is_pulled_and_only_once() {
 
     let text = told(
         &store
-            .pull(&registry.reference("team/app:2"), None, None, &NoProgress)
+            .pull(
+                &registry.reference("team/app:2"),
+                None,
+                &PullOptions::new(),
+                &NoProgress,
+            )
             .expect_err("no such tag"),
     );
     assert!(text.contains("does not have 2 in team/app"), "{text}");
@@ -205,29 +216,33 @@ fn a_login_is_asked_for_and_used() {
     let reference = registry.reference("app");
     let text = told(
         &store
-            .pull(&reference, None, None, &NoProgress)
+            .pull(&reference, None, &PullOptions::new(), &NoProgress)
             .expect_err("no credentials"),
     );
     assert!(text.contains("log in first"), "{text}");
-    let wrong = Credentials {
-        username: "hull".to_owned(),
-        password: "wrong".to_owned(),
-    };
+    let wrong = Credentials::new("hull", "wrong");
     let text = told(
         &store
-            .pull(&reference, None, Some(wrong), &NoProgress)
+            .pull(
+                &reference,
+                None,
+                &PullOptions::new().credentials(Some(wrong)),
+                &NoProgress,
+            )
             .expect_err("wrong password"),
     );
     assert!(
         text.contains("refuses the credentials") && !text.contains("wrong"),
         "{text}"
     );
-    let right = Credentials {
-        username: "hull".to_owned(),
-        password: "secret".to_owned(),
-    };
+    let right = Credentials::new("hull", "secret");
     store
-        .pull(&reference, None, Some(right), &NoProgress)
+        .pull(
+            &reference,
+            None,
+            &PullOptions::new().credentials(Some(right)),
+            &NoProgress,
+        )
         .unwrap_or_else(|error| panic!("{}", told(&error)));
 }
 
@@ -250,31 +265,39 @@ fn a_pull_goes_on_where_an_earlier_one_stopped() {
     fs::create_dir_all(&downloads).expect("downloads");
     let partial = downloads.join(format!("sha256-{}.partial", &digest[7..]));
 
-    // A wrong beginning is only noticed if it was gone on with; the next attempt begins anew.
+    // Half of it is there: only the rest is fetched.
     let half = blob.len() / 2;
-    fs::write(&partial, vec![0x1f; half]).expect("file");
-    let text = told(
-        &store
-            .pull(&registry.reference("app"), None, None, &NoProgress)
-            .expect_err("a wrong beginning"),
-    );
-    assert!(text.contains(&digest), "{text}");
     fs::write(&partial, &blob[..half]).expect("file");
-    store
-        .pull(&registry.reference("app"), None, None, &NoProgress)
-        .unwrap_or_else(|error| panic!("{}", told(&error)));
+    let (port, counts) = relay(registry.port, 0);
+    let through = Reference::parse(&format!("127.0.0.1:{port}/app")).expect("reference");
+    pulled(&store, &through, &PullOptions::new());
+    assert!(!partial.exists());
+    let passed = counts.bytes.load(Ordering::Relaxed);
+    assert!(passed < blob.len() - half / 2, "{passed} bytes of {}", blob.len());
+
+    // A wrong beginning is noticed in the end, and the layer is fetched once more, all of it.
+    store.remove(&through.to_string()).expect("remove");
+    fs::write(&partial, vec![0x1f; half]).expect("file");
+    pulled(&store, &registry.reference("app"), &PullOptions::new());
     assert!(!partial.exists());
 }
 
+/// What went through a relay.
+#[derive(Default)]
+struct Counts {
+    cut: AtomicUsize,
+    bytes: AtomicUsize,
+}
+
 /// Passes connections on, but cuts each of the first `cuts` answers short.
-fn unreliable(to: u16, cuts: usize) -> (u16, Arc<AtomicUsize>) {
+fn relay(to: u16, cuts: usize) -> (u16, Arc<Counts>) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let port = listener.local_addr().expect("address").port();
-    let done = Arc::new(AtomicUsize::new(0));
-    let count = Arc::clone(&done);
+    let counts = Arc::new(Counts::default());
+    let shared = Arc::clone(&counts);
     std::thread::spawn(move || {
         for client in listener.incoming().flatten() {
-            let count = Arc::clone(&count);
+            let counts = Arc::clone(&shared);
             std::thread::spawn(move || -> std::io::Result<()> {
                 let mut client = client;
                 let mut server = TcpStream::connect(("127.0.0.1", to))?;
@@ -289,8 +312,9 @@ fn unreliable(to: u16, cuts: usize) -> (u16, Arc<AtomicUsize>) {
                     }
                     client.write_all(&buffer[..read])?;
                     passed += read;
+                    counts.bytes.fetch_add(read, Ordering::Relaxed);
                     // Documents are smaller than this: only layers are cut.
-                    if passed > 200_000 && count.fetch_add(1, Ordering::Relaxed) < cuts {
+                    if passed > 200_000 && counts.cut.fetch_add(1, Ordering::Relaxed) < cuts {
                         server.shutdown(Shutdown::Both)?;
                         return client.shutdown(Shutdown::Both);
                     }
@@ -298,7 +322,7 @@ fn unreliable(to: u16, cuts: usize) -> (u16, Arc<AtomicUsize>) {
             });
         }
     });
-    (port, done)
+    (port, counts)
 }
 
 #[test]
@@ -309,14 +333,14 @@ fn broken_connections_are_taken_up_again() {
     };
     let layout = layout(&scratch.path().join("layout"), 3);
     registry.push(&layout.dir, "app", false);
-    let (port, cut) = unreliable(registry.port, 5);
+    let (port, counts) = relay(registry.port, 5);
     let store = Store::open(&scratch.path().join("store")).expect("store");
     let reference = Reference::parse(&format!("127.0.0.1:{port}/app")).expect("reference");
     let image = store
-        .pull(&reference, None, None, &NoProgress)
+        .pull(&reference, None, &PullOptions::new(), &NoProgress)
         .unwrap_or_else(|error| panic!("{}", told(&error)));
     assert_eq!(image.layers.len(), 3);
-    assert!(cut.load(Ordering::Relaxed) >= 5, "no connection was cut");
+    assert!(counts.cut.load(Ordering::Relaxed) >= 5, "no connection was cut");
 }
 
 #[test]
@@ -331,7 +355,7 @@ fn a_registry_that_is_not_there_is_named() {
     let reference = Reference::parse(&format!("127.0.0.1:{port}/app")).expect("reference");
     let text = told(
         &store
-            .pull(&reference, None, None, &NoProgress)
+            .pull(&reference, None, &PullOptions::new(), &NoProgress)
             .expect_err("nobody there"),
     );
     assert!(text.contains(&format!("cannot reach 127.0.0.1:{port}")), "{text}");
@@ -356,15 +380,12 @@ fn answering(answer: String) -> u16 {
 fn hostile_registries_get_nowhere() {
     let scratch = tempfile::tempdir().expect("scratch directory");
     let store = Store::open(&scratch.path().join("store")).expect("store");
-    let credentials = Credentials {
-        username: "me".to_owned(),
-        password: "hunter2".to_owned(),
-    };
+    let options = PullOptions::new().credentials(Some(Credentials::new("me", "hunter2")));
     let case = |answer: String| {
         let reference = Reference::parse(&format!("127.0.0.1:{}/app", answering(answer))).expect("reference");
         told(
             &store
-                .pull(&reference, None, Some(credentials.clone()), &NoProgress)
+                .pull(&reference, None, &options, &NoProgress)
                 .expect_err("a refusal"),
         )
     };
@@ -412,7 +433,7 @@ fn pulls_over_tls() {
     let store = Store::open(scratch.path()).expect("store");
     let reference = Reference::parse(&reference).expect("reference");
     store
-        .pull(&reference, None, None, &NoProgress)
+        .pull(&reference, None, &PullOptions::new(), &NoProgress)
         .unwrap_or_else(|error| panic!("{}", told(&error)));
 }
 

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 
 pub use config::ImageConfig;
 #[cfg(feature = "registry")]
-pub(crate) use oci::{blob_name, open_manifest, platform_manifest};
+pub(crate) use oci::{Document, blob_name, open_manifest};
 pub use source::ImageSource;
 pub(crate) use storage::Storage;
 

@@ -54,10 +54,32 @@ pub(crate) fn open_manifest(
     }
 }
 
-/// The manifest for this machine among those of an index.
+/// What a registry answers when asked for an image.
 #[cfg(feature = "registry")]
-pub(crate) fn platform_manifest(manifests: &[Descriptor]) -> Result<Digest, ImageError> {
-    digest_of(for_this_machine(manifests)?, "the index")
+pub(crate) enum Document {
+    /// The digest of the manifest, or index, for this machine.
+    Index(Digest),
+    Manifest {
+        config: Digest,
+    },
+}
+
+#[cfg(feature = "registry")]
+impl Document {
+    pub fn parse(bytes: &[u8], name: &str) -> Result<Self, ImageError> {
+        match Shape::of(bytes, name)? {
+            Shape::Index => {
+                let index: ImageIndex = parse(bytes, name)?;
+                let manifest = for_this_machine(index.manifests())?;
+                Ok(Self::Index(digest_of(manifest, "the index")?))
+            }
+            Shape::Manifest => {
+                let manifest: ImageManifest = parse(bytes, name)?;
+                let config = digest_of(manifest.config(), "the manifest")?;
+                Ok(Self::Manifest { config })
+            }
+        }
+    }
 }
 
 /// Configuration and layers of a manifest.
@@ -191,7 +213,17 @@ fn for_this_machine(candidates: &[Descriptor]) -> Result<&Descriptor, ImageError
             platform.os().to_string() == "linux" && platform.architecture().to_string() == ARCHITECTURE
         })
     };
-    candidates.iter().find(fits).ok_or_else(|| {
+    // A variant may want a newer processor than this one: of several, one that says nothing is taken.
+    let plain = |descriptor: &&Descriptor| {
+        let platform = descriptor.platform().as_ref();
+        platform.is_none_or(|platform| {
+            let variant = platform.variant().as_deref().unwrap_or_default();
+            matches!(variant, "" | "v1") || (ARCHITECTURE == "arm64" && variant == "v8")
+        })
+    };
+    let mut fitting = candidates.iter().filter(fits);
+    let best = fitting.clone().find(plain).or_else(|| fitting.next());
+    best.ok_or_else(|| {
         let found: Vec<String> = candidates
             .iter()
             .filter_map(|descriptor| descriptor.platform().as_ref())
@@ -222,12 +254,19 @@ impl Shape {
             manifests: Option<IgnoredAny>,
             layers: Option<IgnoredAny>,
             config: Option<IgnoredAny>,
+            #[serde(rename = "schemaVersion")]
+            version: Option<u64>,
         }
         let probe: Probe = parse(bytes, name)?;
         let invalid = |problem| ImageError::Invalid {
             name: name.to_owned(),
             problem,
         };
+        if probe.version == Some(1) {
+            return Err(invalid(
+                "it is in Docker's first image format, which nobody writes any more; push it again",
+            ));
+        }
         match (
             probe.manifests.is_some(),
             probe.layers.is_some() || probe.config.is_some(),

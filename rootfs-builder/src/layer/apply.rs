@@ -37,7 +37,7 @@ const SPACE_CHECK_BYTES: u64 = 64 << 20;
 pub(super) struct Applier<'a> {
     tree: Tree,
     data: DataWriter,
-    lower: &'a Lower,
+    lower: &'a Lower<'a>,
     limits: Limits,
     store: PathBuf,
     entries: u64,
@@ -66,7 +66,7 @@ enum Step {
 }
 
 impl<'a> Applier<'a> {
-    pub fn new(data: DataWriter, lower: &'a Lower, limits: Limits, store: &Path) -> Self {
+    pub fn new(data: DataWriter, lower: &'a Lower<'a>, limits: Limits, store: &Path) -> Self {
         Self {
             tree: Tree::new(Metadata::new(0o755)),
             data,
@@ -283,8 +283,11 @@ impl<'a> Applier<'a> {
         match self.tree.child(place.id, hidden) {
             // The same layer's directory stays, without what is below it.
             Some(existing) => self.set_opaque(existing),
-            None if self.hides_nothing(&place, parents)? => self.depends_on_lower = true,
             None => {
+                self.depends_on_lower = true;
+                if self.hides_nothing(&place, parents)? {
+                    return Ok(());
+                }
                 let id = self.tree.add(Metadata::default(), Node::Whiteout)?;
                 self.tree.link(place.id, hidden, id)?;
             }

@@ -43,11 +43,12 @@ pub struct Decoder<'p> {
     bytes: u64,
     /// Compressed bytes read so far: the thread counts, this end reports.
     consumed: Arc<AtomicU64>,
-    progress: &'p dyn Fn(u64),
+    progress: &'p dyn Fn(u64) -> bool,
 }
 
 impl<'p> Decoder<'p> {
-    /// Start decompressing `blob`; `progress` gets the compressed bytes read so far, on the thread that reads.
+    /// Start decompressing `blob`; `progress` gets the compressed bytes read so far, on the thread that reads, and says whether to
+    /// go on.
     ///
     /// # Errors
     /// The thread can't be started.
@@ -55,7 +56,7 @@ impl<'p> Decoder<'p> {
         blob: Box<dyn Read + Send>,
         expected: &Expected,
         limits: Limits,
-        progress: &'p dyn Fn(u64),
+        progress: &'p dyn Fn(u64) -> bool,
     ) -> Result<Self, LayerError> {
         let (filled_sender, filled) = mpsc::sync_channel(BUFFERS);
         let (empty, empty_receiver) = mpsc::sync_channel(BUFFERS);
@@ -142,8 +143,11 @@ impl<'p> Decoder<'p> {
         self.at = 0;
         self.bytes += self.current.len() as u64;
         self.hasher.update(&self.current);
-        (self.progress)(self.consumed.load(Ordering::Relaxed));
-        Ok(true)
+        if (self.progress)(self.consumed.load(Ordering::Relaxed)) {
+            Ok(true)
+        } else {
+            Err(io::Error::other(LayerError::Stopped))
+        }
     }
 }
 

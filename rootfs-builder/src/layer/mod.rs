@@ -137,17 +137,18 @@ pub struct Conversion {
     pub depends_on_lower: bool,
 }
 
-/// Convert one layer into the empty file `output`; unnamed spill files go to `temporary`.
+/// Convert one layer into the empty file `output`; unnamed spill files go to `temporary`. `progress` gets the compressed bytes read
+/// so far, and says whether to go on.
 ///
 /// # Errors
 /// The layer is refused or the image can't be written; `output` is then of no use.
 pub fn convert(
     blob: Box<dyn Read + Send>,
     expected: &Expected,
-    lower: &Lower,
+    lower: &Lower<'_>,
     limits: Limits,
     (output, temporary): (File, &Path),
-    progress: &dyn Fn(u64),
+    progress: &dyn Fn(u64) -> bool,
 ) -> Result<Conversion, LayerError> {
     let data = DataWriter::new(output, temporary.to_path_buf())?;
     let mut applier = Applier::new(data, lower, limits, temporary);

@@ -1,33 +1,44 @@
-//! Requests to one repository of one registry.
+//! Requests to one repository of one registry, and being let in.
 
 use std::io::Read;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
 
 use serde::Deserialize;
+use ureq::Body;
 use ureq::http::{Response, header};
-use ureq::tls::{RootCerts, TlsConfig};
-use ureq::{Agent, Body};
 
 use super::auth::Challenge;
-use super::reference::is_local;
-use super::{Credentials, Reference, RegistryError};
+use super::reference::is_host;
+use super::transport::{Headers, Transport, retry_after};
+use super::{Credentials, PullOptions, Reference, RegistryError};
 use crate::digest::Digest;
 
 /// What we can make something of.
 const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
     application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
 const TOKEN_MAX_BYTES: u64 = 1 << 20;
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
-/// A registry that says nothing for so long has hung.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A connection to a repository, with whatever it takes to be let in. Shared by the threads that fetch.
+/// Check that a registry takes these credentials.
+///
+/// # Errors
+/// It can't be reached, is no registry, or refuses them.
+pub fn log_in(registry: &str, credentials: &Credentials, tls_verify: bool) -> Result<(), RegistryError> {
+    if !is_host(registry) {
+        return Err(RegistryError::Reference {
+            text: registry.chars().take(300).collect(),
+            problem: "the registry's name is not a host",
+        });
+    }
+    let session = Session::new(registry, Some(credentials.clone()), tls_verify);
+    let response = session.get("", &[], None, true)?;
+    session.expect(&response, "its first page", "anything", &[200])
+}
+
+/// A registry and whatever it takes to be let in.
 #[derive(Debug)]
-pub(crate) struct Client {
-    agent: Agent,
-    reference: Reference,
-    base: String,
+struct Session {
+    transport: Transport,
+    registry: String,
     credentials: Option<Credentials>,
     /// The header the registry was satisfied with last.
     authorization: Mutex<Option<String>>,
@@ -39,89 +50,38 @@ struct Token {
     access_token: Option<String>,
 }
 
-impl Client {
-    pub fn new(reference: &Reference, credentials: Option<Credentials>) -> Self {
-        // Whoever installed a provider before us is welcome to it.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let agent = Agent::config_builder()
-            .http_status_as_error(false)
-            .user_agent(concat!("hull/", env!("CARGO_PKG_VERSION")))
-            .tls_config(
-                TlsConfig::builder()
-                    .root_certs(RootCerts::PlatformVerifier)
-                    .build(),
-            )
-            .timeout_connect(Some(CONNECT_TIMEOUT))
-            .timeout_recv_response(Some(READ_TIMEOUT))
-            .timeout_per_read(Some(READ_TIMEOUT))
-            .build()
-            .new_agent();
-        let scheme = if reference.is_local() { "http" } else { "https" };
+impl Session {
+    fn new(registry: &str, credentials: Option<Credentials>, verify: bool) -> Self {
         Self {
-            agent,
-            reference: reference.clone(),
-            base: format!(
-                "{scheme}://{}/v2/{}",
-                reference.registry(),
-                reference.repository()
-            ),
+            transport: Transport::new(registry, verify),
+            registry: registry.to_owned(),
             credentials,
             authorization: Mutex::new(None),
         }
     }
 
-    pub fn reference(&self) -> &Reference {
-        &self.reference
-    }
-
-    /// The manifest the reference stands for, or that of a digest. Not checked against anything but `limit`.
-    pub fn manifest(&self, digest: Option<&Digest>, limit: u64) -> Result<Vec<u8>, RegistryError> {
-        let what = digest.map_or_else(|| self.reference.wanted(), ToString::to_string);
-        let response = self.get(
-            &format!("manifests/{what}"),
-            &[("accept", MANIFEST_TYPES.to_owned())],
-        )?;
-        self.expect(&response, &what, &[200])?;
-        self.read(response, limit, &what)
-    }
-
-    /// A small blob.
-    pub fn document(&self, digest: &Digest, limit: u64) -> Result<Vec<u8>, RegistryError> {
-        let what = digest.to_string();
-        let response = self.get(&format!("blobs/{what}"), &[])?;
-        self.expect(&response, &what, &[200])?;
-        self.read(response, limit, &what)
-    }
-
-    /// A blob from `offset` on; says from where it really comes.
-    pub fn blob(&self, digest: &Digest, offset: u64) -> Result<(u64, impl Read + use<>), RegistryError> {
-        let what = digest.to_string();
-        let range = if offset > 0 {
-            vec![("range", format!("bytes={offset}-"))]
-        } else {
-            Vec::new()
+    /// Ask for `path` below `/v2/`. A registry that wants to know who asks is told; a token that has expired is renewed.
+    fn get(
+        &self,
+        path: &str,
+        headers: &Headers<'_>,
+        repository: Option<&str>,
+        patient: bool,
+    ) -> Result<Response<Body>, RegistryError> {
+        let url = format!("{}/v2/{path}", self.transport.origin()?);
+        let ask = |authorization: Option<&str>| {
+            if patient {
+                self.transport.get(&url, headers, authorization)
+            } else {
+                self.transport.get_once(&url, headers, authorization)
+            }
         };
-        let response = self.get(&format!("blobs/{what}"), &range)?;
-        self.expect(&response, &what, &[200, 206])?;
-        let from = if response.status().as_u16() == 206 {
-            range_start(&response)
-        } else {
-            Some(0)
-        };
-        let from = from
-            .filter(|from| *from == 0 || *from == offset)
-            .ok_or_else(|| self.nonsense("a range nobody asked for"))?;
-        Ok((from, response.into_body().into_reader()))
-    }
-
-    fn get(&self, path: &str, headers: &[(&str, String)]) -> Result<Response<Body>, RegistryError> {
-        let url = format!("{}/{path}", self.base);
         let known = self
             .authorization
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
-        let response = self.send(&url, headers, known.as_deref())?;
+        let response = ask(known.as_deref())?;
         if response.status().as_u16() != 401 {
             return Ok(response);
         }
@@ -129,46 +89,38 @@ impl Client {
         let challenge = challenges
             .iter()
             .filter_map(|value| value.to_str().ok())
-            .find_map(Challenge::parse);
-        let authorization =
-            match challenge.ok_or_else(|| self.nonsense("it wants an unknown kind of authentication"))? {
-                Challenge::Basic => {
-                    let credentials = self.credentials.as_ref();
-                    let registry = self.reference.registry().to_owned();
-                    credentials
-                        .ok_or(RegistryError::LoginNeeded { registry })?
-                        .basic()
-                }
-                Challenge::Bearer {
-                    realm,
-                    service,
-                    scope,
-                } => self.token(&realm, service.as_deref(), scope.as_deref())?,
-            };
-        let response = self.send(&url, headers, Some(&authorization))?;
-        if response.status().is_success() {
+            .find_map(Challenge::parse)
+            .ok_or_else(|| {
+                self.transport
+                    .nonsense("it wants an unknown kind of authentication")
+            })?;
+        let authorization = match challenge {
+            Challenge::Basic => self.basic(&url)?,
+            Challenge::Bearer {
+                realm,
+                service,
+                scope,
+            } => {
+                let scope =
+                    scope.or_else(|| repository.map(|repository| format!("repository:{repository}:pull")));
+                self.token(&realm, service.as_deref(), scope.as_deref())?
+            }
+        };
+        let response = ask(Some(&authorization))?;
+        if response.status().as_u16() != 401 {
             *self.authorization.lock().unwrap_or_else(PoisonError::into_inner) = Some(authorization);
         }
         Ok(response)
     }
 
-    fn send(
-        &self,
-        url: &str,
-        headers: &[(&str, String)],
-        authorization: Option<&str>,
-    ) -> Result<Response<Body>, RegistryError> {
-        let mut request = self.agent.get(url);
-        for (name, value) in headers {
-            request = request.header(*name, value);
-        }
-        if let Some(authorization) = authorization {
-            request = request.header("authorization", authorization);
-        }
-        request.call().map_err(|source| RegistryError::Connect {
-            registry: self.reference.registry().to_owned(),
-            source: Box::new(source),
-        })
+    fn basic(&self, url: &str) -> Result<String, RegistryError> {
+        let registry = self.registry.clone();
+        let credentials = self
+            .credentials
+            .as_ref()
+            .ok_or(RegistryError::LoginNeeded { registry })?;
+        self.check_protected(url)?;
+        Ok(credentials.basic())
     }
 
     /// Ask the registry's token service to let us in.
@@ -178,50 +130,66 @@ impl Client {
         service: Option<&str>,
         scope: Option<&str>,
     ) -> Result<String, RegistryError> {
-        let host = realm
-            .strip_prefix("http://")
-            .map(|rest| rest.split('/').next().unwrap_or(rest));
-        let protected = realm.starts_with("https://")
-            || host.is_some_and(|host| self.reference.is_local() && is_local(host));
-        if !protected {
-            let registry = self.reference.registry().to_owned();
-            return Err(RegistryError::UnprotectedCredentials {
-                registry,
-                realm: realm.to_owned(),
-            });
-        }
-        let mut request = self.agent.get(realm);
-        for (key, value) in [("service", service), ("scope", scope)] {
-            if let Some(value) = value {
-                request = request.query(key, value);
+        self.check_protected(realm)?;
+        let identity = self
+            .credentials
+            .as_ref()
+            .and_then(|credentials| credentials.identity_token.as_deref());
+        let response = if let Some(identity) = identity {
+            let mut form = vec![
+                ("grant_type", "refresh_token"),
+                ("client_id", "hull"),
+                ("refresh_token", identity),
+            ];
+            form.extend(service.map(|service| ("service", service)));
+            form.extend(scope.map(|scope| ("scope", scope)));
+            self.transport.post_form(realm, &form)?
+        } else {
+            let mut url = realm.to_owned();
+            for (key, value) in [("service", service), ("scope", scope)] {
+                if let Some(value) = value {
+                    let separator = if url.contains('?') { '&' } else { '?' };
+                    url = format!("{url}{separator}{key}={}", percent_encoded(value));
+                }
             }
-        }
-        if let Some(credentials) = &self.credentials {
-            request = request.header("authorization", credentials.basic());
-        }
-        let registry = self.reference.registry().to_owned();
-        let response = request.call().map_err(|source| RegistryError::Connect {
-            registry,
-            source: Box::new(source),
-        })?;
-        self.expect(&response, "a token", &[200])?;
+            let basic = self.credentials.as_ref().map(Credentials::basic);
+            self.transport.get(&url, &[], basic.as_deref())?
+        };
+        self.expect(&response, "a token", "it", &[200])?;
         let bytes = self.read(response, TOKEN_MAX_BYTES, "a token")?;
         let token: Token =
-            serde_json::from_slice(&bytes).map_err(|_| self.nonsense("a token that is no JSON"))?;
+            serde_json::from_slice(&bytes).map_err(|_| self.transport.nonsense("a token that is no JSON"))?;
         let token = token
             .token
             .or(token.access_token)
-            .ok_or_else(|| self.nonsense("no token"))?;
+            .filter(|token| token.bytes().all(|byte| byte.is_ascii_graphic()))
+            .ok_or_else(|| self.transport.nonsense("no token"))?;
         Ok(format!("Bearer {token}"))
     }
 
-    fn expect(&self, response: &Response<Body>, what: &str, wanted: &[u16]) -> Result<(), RegistryError> {
+    fn check_protected(&self, url: &str) -> Result<(), RegistryError> {
+        if self.transport.is_protected(url) {
+            return Ok(());
+        }
+        Err(RegistryError::UnprotectedCredentials {
+            registry: self.registry.clone(),
+            realm: url.to_owned(),
+        })
+    }
+
+    fn expect(
+        &self,
+        response: &Response<Body>,
+        what: &str,
+        repository: &str,
+        wanted: &[u16],
+    ) -> Result<(), RegistryError> {
         let status = response.status().as_u16();
         if wanted.contains(&status) {
             return Ok(());
         }
-        let registry = self.reference.registry().to_owned();
-        let repository = self.reference.repository().to_owned();
+        let registry = self.registry.clone();
+        let repository = repository.to_owned();
         Err(match status {
             401 if self.credentials.is_none() => RegistryError::LoginNeeded { registry },
             401 | 403 => RegistryError::Denied { registry, repository },
@@ -233,6 +201,7 @@ impl Client {
                 registry,
                 status,
                 what: what.to_owned(),
+                retry_after: retry_after(response),
             },
         })
     }
@@ -248,17 +217,101 @@ impl Client {
                 source,
             })?;
         if bytes.len() as u64 > limit {
-            return Err(self.nonsense("a document larger than any real one"));
+            return Err(self.transport.nonsense("a document larger than any real one"));
         }
         Ok(bytes)
     }
+}
 
-    fn nonsense(&self, problem: &'static str) -> RegistryError {
-        RegistryError::Answer {
-            registry: self.reference.registry().to_owned(),
-            problem,
+/// A repository. Shared by the threads that fetch.
+#[derive(Debug)]
+pub(crate) struct Client {
+    session: Session,
+    reference: Reference,
+}
+
+impl Client {
+    pub fn new(reference: &Reference, options: &PullOptions) -> Self {
+        Self {
+            session: Session::new(
+                reference.registry(),
+                options.credentials.clone(),
+                options.tls_verify,
+            ),
+            reference: reference.clone(),
         }
     }
+
+    pub fn reference(&self) -> &Reference {
+        &self.reference
+    }
+
+    /// The manifest the reference stands for, or that of a digest. Not checked against anything but `limit`.
+    pub fn manifest(&self, digest: Option<&Digest>, limit: u64) -> Result<Vec<u8>, RegistryError> {
+        let what = digest.map_or_else(|| self.reference.wanted(), ToString::to_string);
+        let accept = [("accept", MANIFEST_TYPES.to_owned())];
+        let response = self.get("manifests", &what, &accept, true)?;
+        self.expect(&response, &what, &[200])?;
+        self.session.read(response, limit, &what)
+    }
+
+    /// A small blob.
+    pub fn document(&self, digest: &Digest, limit: u64) -> Result<Vec<u8>, RegistryError> {
+        let what = digest.to_string();
+        let response = self.get("blobs", &what, &[], true)?;
+        self.expect(&response, &what, &[200])?;
+        self.session.read(response, limit, &what)
+    }
+
+    /// A blob from `offset` on; says from where it really comes.
+    pub fn blob(&self, digest: &Digest, offset: u64) -> Result<(u64, impl Read + use<>), RegistryError> {
+        let what = digest.to_string();
+        let range = if offset > 0 {
+            vec![("range", format!("bytes={offset}-"))]
+        } else {
+            Vec::new()
+        };
+        let response = self.get("blobs", &what, &range, false)?;
+        self.expect(&response, &what, &[200, 206])?;
+        let from = if response.status().as_u16() == 206 {
+            range_start(&response)
+        } else {
+            Some(0)
+        };
+        let from = from
+            .filter(|from| *from == 0 || *from == offset)
+            .ok_or_else(|| self.session.transport.nonsense("a range nobody asked for"))?;
+        Ok((from, response.into_body().into_reader()))
+    }
+
+    fn get(
+        &self,
+        kind: &str,
+        what: &str,
+        headers: &Headers<'_>,
+        patient: bool,
+    ) -> Result<Response<Body>, RegistryError> {
+        let repository = self.reference.repository();
+        let path = format!("{repository}/{kind}/{what}");
+        self.session.get(&path, headers, Some(repository), patient)
+    }
+
+    fn expect(&self, response: &Response<Body>, what: &str, wanted: &[u16]) -> Result<(), RegistryError> {
+        self.session
+            .expect(response, what, self.reference.repository(), wanted)
+    }
+}
+
+/// A value as part of a query.
+fn percent_encoded(value: &str) -> String {
+    value.bytes().fold(String::new(), |mut text, byte| {
+        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~' | b'/' | b':') {
+            text.push(char::from(byte));
+        } else {
+            text += &format!("%{byte:02X}");
+        }
+        text
+    })
 }
 
 /// Where a partial answer begins: `Content-Range: bytes START-END/SIZE`.

@@ -6,29 +6,28 @@
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use oci_spec::image::{ImageIndex, ImageManifest};
-
+use super::transport::{is_busy, pause};
 use super::{Client, RegistryError};
 use crate::digest::Digest;
-use crate::image::{ImageError, OpenImage, Storage, blob_name, open_manifest, platform_manifest};
+use crate::image::{Document, ImageError, OpenImage, Storage, blob_name, open_manifest};
 use crate::limits::Limits;
 
-/// Layers fetched at a time.
-const FETCHERS: usize = 4;
 /// Attempts in a row that brought nothing.
 const ATTEMPTS: u32 = 5;
-const FIRST_PAUSE: Duration = Duration::from_millis(300);
+/// How often a thread looks whether another process is done with a blob, or whether to stop.
+const LOCK_POLL: Duration = Duration::from_millis(50);
 /// An index may list indexes; nobody nests them deeper than this.
 const NESTING_MAX: usize = 4;
 
 /// The folder for what is fetched.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Downloads {
     directory: PathBuf,
 }
@@ -57,34 +56,20 @@ impl Downloads {
                 }
                 .into());
             }
-            if let Ok(index) = serde_json::from_slice::<ImageIndex>(&bytes) {
-                wanted = Some(platform_manifest(index.manifests())?);
-                continue;
+            match Document::parse(&bytes, &digest.to_string())? {
+                Document::Index(next) => wanted = Some(next),
+                Document::Manifest { config } => {
+                    self.keep(&digest, &bytes)?;
+                    self.keep(&config, &client.document(&config, limits.document_bytes)?)?;
+                    let name = client.reference().local_name();
+                    return Ok(open_manifest(
+                        Storage::directory(&self.directory)?,
+                        &digest,
+                        name,
+                        limits,
+                    )?);
+                }
             }
-            let manifest: ImageManifest =
-                serde_json::from_slice(&bytes).map_err(|source| ImageError::Malformed {
-                    name: digest.to_string(),
-                    source,
-                })?;
-            let config: Digest =
-                manifest
-                    .config()
-                    .digest()
-                    .to_string()
-                    .parse()
-                    .map_err(|source| ImageError::Digest {
-                        place: "the manifest",
-                        source,
-                    })?;
-            self.keep(&digest, &bytes)?;
-            self.keep(&config, &client.document(&config, limits.document_bytes)?)?;
-            let storage = Storage::directory(&self.directory)?;
-            return Ok(open_manifest(
-                storage,
-                &digest,
-                client.reference().local_name(),
-                limits,
-            )?);
         }
         Err(ImageError::Invalid {
             name: "the index".to_owned(),
@@ -95,10 +80,15 @@ impl Downloads {
 
     fn keep(&self, digest: &Digest, bytes: &[u8]) -> Result<(), RegistryError> {
         let path = self.path(digest);
-        let partial = self.directory.join(format!("document-{}", std::process::id()));
-        fs::write(&partial, bytes)
-            .and_then(|()| fs::rename(&partial, &path))
-            .map_err(|source| RegistryError::Write { path, source })
+        let write = || -> io::Result<()> {
+            let mut file = tempfile::Builder::new()
+                .prefix("document-")
+                .tempfile_in(&self.directory)?;
+            file.write_all(bytes)?;
+            file.persist(&path)?;
+            Ok(())
+        };
+        write().map_err(|source| RegistryError::Write { path, source })
     }
 
     /// Where a complete blob is.
@@ -112,7 +102,8 @@ impl Downloads {
         let _ = fs::remove_file(self.path(digest));
     }
 
-    fn fetch(&self, client: &Client, blob: &Wanted, stop: &AtomicBool) -> Result<(), RegistryError> {
+    /// Fetch one blob, unless another process does so first.
+    fn fetch(&self, shared: &Shared, blob: &Wanted) -> Result<(), RegistryError> {
         let complete = self.path(&blob.digest);
         let name = format!("{}-{}.partial", blob.digest.algorithm_name(), blob.digest.hex());
         let path = self.directory.join(name);
@@ -120,63 +111,102 @@ impl Downloads {
             path: path.clone(),
             source,
         };
-        let mut file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open(&path)
-            .map_err(write)?;
-        // Another pull may be fetching the same blob: then its result is ours.
-        file.lock().map_err(write)?;
-        if complete.exists() {
+        let Some(mut file) = self.lock_partial(&path, &complete, shared, blob)? else {
             blob.bytes_done.store(blob.size, Ordering::Relaxed);
+            blob.resumed.store(true, Ordering::Relaxed);
             return Ok(());
-        }
+        };
+        let start = file.metadata().map_err(write)?.len();
+        blob.resumed.store(start > 0, Ordering::Relaxed);
         let mut fruitless = 0;
         loop {
-            if stop.load(Ordering::Relaxed) {
+            if shared.stopped() {
                 return Err(RegistryError::Stopped);
             }
             let before = file.metadata().map_err(write)?.len();
-            let result = self.continue_at(client, blob, &mut file, before, stop);
+            let result = self.continue_at(shared, blob, &mut file, before);
             let now = file.metadata().map_err(write)?.len();
             blob.bytes_done.store(now.min(blob.size), Ordering::Relaxed);
-            match result {
-                Ok(()) if now == blob.size => break,
+            if result.is_ok() && now == blob.size {
+                break;
+            }
+            fruitless = if now > before { 0 } else { fruitless + 1 };
+            let asked = match result {
                 // The registry closed the connection politely, but too early.
-                Ok(()) if now < blob.size => fruitless = if now > before { 0 } else { fruitless + 1 },
+                Ok(()) if now < blob.size => None,
                 Ok(()) => {
                     file.set_len(0).map_err(write)?;
-                    fruitless += 1;
+                    None
                 }
-                Err(error) if !is_transient(&error) => return Err(error),
-                Err(error) => {
-                    fruitless = if now > before { 0 } else { fruitless + 1 };
-                    if fruitless >= ATTEMPTS {
-                        return Err(error);
-                    }
-                }
-            }
+                Err(error) if !is_transient(&error) || fruitless >= ATTEMPTS => return Err(error),
+                Err(RegistryError::Status { retry_after, .. }) => retry_after,
+                Err(_) => None,
+            };
             if fruitless >= ATTEMPTS {
                 let problem = "a blob that never has the size its manifest says";
                 return Err(RegistryError::Answer {
-                    registry: client.reference().registry().to_owned(),
+                    registry: shared.client.reference().registry().to_owned(),
                     problem,
                 });
             }
-            std::thread::sleep(FIRST_PAUSE * 2_u32.pow(fruitless));
+            shared.sleep(pause(fruitless, asked));
         }
         fs::rename(&path, &complete).map_err(write)
     }
 
+    /// Open the partial file for this thread alone; nothing if the blob is not needed any more.
+    fn lock_partial(
+        &self,
+        path: &Path,
+        complete: &Path,
+        shared: &Shared,
+        blob: &Wanted,
+    ) -> Result<Option<File>, RegistryError> {
+        let write = |source| RegistryError::Write {
+            path: path.to_path_buf(),
+            source,
+        };
+        loop {
+            let file = OpenOptions::new()
+                .create(true)
+                .truncate(false)
+                .read(true)
+                .write(true)
+                .open(path)
+                .map_err(write)?;
+            // Another pull may be fetching the same blob: then its result is ours.
+            loop {
+                match file.try_lock() {
+                    Ok(()) => break,
+                    Err(fs::TryLockError::WouldBlock) if shared.stopped() => {
+                        return Err(RegistryError::Stopped);
+                    }
+                    Err(fs::TryLockError::WouldBlock) => shared.sleep(LOCK_POLL),
+                    Err(fs::TryLockError::Error(source)) => return Err(write(source)),
+                }
+            }
+            // It may have been completed, used and removed while we waited: then our file has no name any more.
+            let ours = file.metadata().map_err(write)?.ino();
+            let is_named = fs::metadata(path).is_ok_and(|named| named.ino() == ours);
+            if complete.exists() || !(shared.is_needed)(blob.index) {
+                if is_named {
+                    // If it can't be removed, the next clean-up does it.
+                    let _ = fs::remove_file(path);
+                }
+                return Ok(None);
+            }
+            if is_named {
+                return Ok(Some(file));
+            }
+        }
+    }
+
     fn continue_at(
         &self,
-        client: &Client,
+        shared: &Shared,
         blob: &Wanted,
         file: &mut File,
         offset: u64,
-        stop: &AtomicBool,
     ) -> Result<(), RegistryError> {
         let path = self.path(&blob.digest);
         let write = |source| RegistryError::Write {
@@ -186,7 +216,7 @@ impl Downloads {
         if offset >= blob.size {
             return Ok(());
         }
-        let (from, mut reader) = client.blob(&blob.digest, offset)?;
+        let (from, mut reader) = shared.client.blob(&blob.digest, offset)?;
         file.set_len(from).map_err(write)?;
         file.seek(SeekFrom::Start(from)).map_err(write)?;
         let mut buffer = vec![0; 128 << 10];
@@ -208,7 +238,7 @@ impl Downloads {
             if position > blob.size {
                 return Ok(());
             }
-            if stop.load(Ordering::Relaxed) {
+            if shared.stopped() {
                 return Err(RegistryError::Stopped);
             }
         }
@@ -218,7 +248,7 @@ impl Downloads {
 fn is_transient(error: &RegistryError) -> bool {
     match error {
         RegistryError::Connect { .. } | RegistryError::Interrupted { .. } => true,
-        RegistryError::Status { status, .. } => *status == 429 || *status >= 500,
+        RegistryError::Status { status, .. } => is_busy(*status),
         _ => false,
     }
 }
@@ -230,13 +260,15 @@ struct Wanted {
     digest: Digest,
     size: u64,
     bytes_done: AtomicU64,
+    /// An earlier pull, or another, has fetched a part of it or all, which nobody has looked at since.
+    resumed: AtomicBool,
 }
 
-/// Layers being fetched by several threads; another waits for them one by one.
-#[derive(Debug)]
-pub(crate) struct Fetching<'a> {
-    downloads: &'a Downloads,
-    client: &'a Client,
+/// What the fetching threads and the converting ones share.
+struct Shared {
+    downloads: Downloads,
+    client: Client,
+    is_needed: Box<dyn Fn(usize) -> bool + Send + Sync>,
     blobs: Vec<Wanted>,
     queue: Mutex<VecDeque<usize>>,
     results: Mutex<Vec<Option<Result<(), RegistryError>>>>,
@@ -244,39 +276,19 @@ pub(crate) struct Fetching<'a> {
     stop: AtomicBool,
 }
 
-impl<'a> Fetching<'a> {
-    /// `wanted`: the layers' indexes in the image, digests and sizes, bottom one first.
-    pub fn new(downloads: &'a Downloads, client: &'a Client, wanted: Vec<(usize, Digest, u64)>) -> Self {
-        let blobs: Vec<Wanted> = wanted
-            .into_iter()
-            .map(|(index, digest, size)| Wanted {
-                index,
-                digest,
-                size,
-                bytes_done: AtomicU64::new(0),
-            })
-            .collect();
-        Self {
-            downloads,
-            client,
-            queue: Mutex::new((0..blobs.len()).collect()),
-            results: Mutex::new(blobs.iter().map(|_| None).collect()),
-            blobs,
-            changed: Condvar::new(),
-            stop: AtomicBool::new(false),
-        }
+impl Shared {
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
     }
 
-    /// Fetch on other threads while `work` goes on here; they stop when it ends.
-    pub fn during<T>(&self, work: impl FnOnce() -> T) -> T {
-        std::thread::scope(|scope| {
-            for _ in 0..FETCHERS.min(self.blobs.len()) {
-                scope.spawn(|| self.fetch_all());
-            }
-            let result = work();
-            self.stop.store(true, Ordering::Relaxed);
-            result
-        })
+    /// Wait, but not for longer than it matters.
+    fn sleep(&self, time: Duration) {
+        let mut left = time;
+        while !left.is_zero() && !self.stopped() {
+            let step = left.min(LOCK_POLL);
+            std::thread::sleep(step);
+            left -= step;
+        }
     }
 
     fn fetch_all(&self) {
@@ -287,27 +299,95 @@ impl<'a> Fetching<'a> {
                 .unwrap_or_else(PoisonError::into_inner)
                 .pop_front();
             let Some(next) = next else { return };
-            let result = self.downloads.fetch(self.client, &self.blobs[next], &self.stop);
+            let result = self.downloads.fetch(self, &self.blobs[next]);
             self.results.lock().unwrap_or_else(PoisonError::into_inner)[next] = Some(result);
             self.changed.notify_all();
         }
     }
+}
 
-    /// Wait for the layer `index`, telling `progress` meanwhile how far each layer is (index, bytes done, bytes).
-    pub fn wait_for(&self, index: usize, progress: &dyn Fn(usize, u64, u64)) -> Result<(), RegistryError> {
-        let Some(position) = self.blobs.iter().position(|blob| blob.index == index) else {
+/// Layers being fetched by several threads, which stop when this is dropped. A thread that waits for a silent registry at that
+/// moment ends by itself a little later; all it can do until then is to write to a partial file.
+pub(crate) struct Fetching {
+    shared: Arc<Shared>,
+}
+
+impl Fetching {
+    /// `wanted`: the layers' indexes in the image, digests and sizes, bottom one first. `is_needed`: whether that is still so.
+    pub fn start(
+        downloads: Downloads,
+        client: Client,
+        wanted: Vec<(usize, Digest, u64)>,
+        threads: usize,
+        is_needed: Box<dyn Fn(usize) -> bool + Send + Sync>,
+    ) -> Result<Self, RegistryError> {
+        let blobs: Vec<Wanted> = wanted
+            .into_iter()
+            .map(|(index, digest, size)| Wanted {
+                index,
+                digest,
+                size,
+                bytes_done: AtomicU64::new(0),
+                resumed: AtomicBool::new(false),
+            })
+            .collect();
+        let fetching = Self {
+            shared: Arc::new(Shared {
+                downloads,
+                client,
+                is_needed,
+                queue: Mutex::new((0..blobs.len()).collect()),
+                results: Mutex::new(blobs.iter().map(|_| None).collect()),
+                blobs,
+                changed: Condvar::new(),
+                stop: AtomicBool::new(false),
+            }),
+        };
+        for _ in 0..threads.min(fetching.shared.blobs.len()) {
+            let shared = Arc::clone(&fetching.shared);
+            std::thread::Builder::new()
+                .name("layer-fetch".into())
+                .spawn(move || shared.fetch_all())
+                .map_err(|source| RegistryError::Thread { source })?;
+        }
+        Ok(fetching)
+    }
+
+    /// Wait for the layer `index`, or until `stop` says so.
+    pub fn wait_for(&self, index: usize, stop: &AtomicBool) -> Result<(), RegistryError> {
+        let shared = &self.shared;
+        let Some(position) = shared.blobs.iter().position(|blob| blob.index == index) else {
             return Ok(());
         };
-        let mut results = self.results.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut results = shared.results.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            for blob in &self.blobs {
-                progress(blob.index, blob.bytes_done.load(Ordering::Relaxed), blob.size);
-            }
             if let Some(result) = results[position].take() {
                 return result;
             }
-            let waited = self.changed.wait_timeout(results, Duration::from_millis(100));
+            if stop.load(Ordering::Relaxed) {
+                return Err(RegistryError::Stopped);
+            }
+            let waited = shared.changed.wait_timeout(results, Duration::from_millis(100));
             results = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// How far each layer is: index, bytes done, bytes.
+    pub fn tell(&self, progress: &dyn Fn(usize, u64, u64)) {
+        for blob in &self.shared.blobs {
+            progress(blob.index, blob.bytes_done.load(Ordering::Relaxed), blob.size);
+        }
+    }
+
+    /// Whether a part of this blob comes from an earlier pull.
+    pub fn was_resumed(&self, digest: &str) -> bool {
+        let mut blobs = self.shared.blobs.iter();
+        blobs.any(|blob| blob.resumed.load(Ordering::Relaxed) && blob.digest.to_string() == digest)
+    }
+}
+
+impl Drop for Fetching {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
     }
 }

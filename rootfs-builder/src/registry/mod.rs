@@ -10,18 +10,67 @@
 
 mod auth;
 mod client;
+mod credential_helper;
 mod download;
 mod reference;
+mod transport;
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 pub use auth::Credentials;
 pub(crate) use client::Client;
+pub use client::log_in;
 pub(crate) use download::{Downloads, Fetching};
 pub use reference::Reference;
 
 use crate::image::ImageError;
+
+/// How to pull.
+#[derive(Debug, Clone)]
+pub struct PullOptions {
+    pub(crate) credentials: Option<Credentials>,
+    pub(crate) tls_verify: bool,
+    pub(crate) parallel: usize,
+}
+
+impl Default for PullOptions {
+    fn default() -> Self {
+        Self {
+            credentials: None,
+            tls_verify: true,
+            parallel: 4,
+        }
+    }
+}
+
+impl PullOptions {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Who asks, if the registry wants to know.
+    #[must_use]
+    pub fn credentials(mut self, credentials: Option<Credentials>) -> Self {
+        self.credentials = credentials;
+        self
+    }
+
+    /// Whether to insist on HTTPS and a certificate this machine trusts; a registry on this machine may always speak plain HTTP.
+    #[must_use]
+    pub const fn tls_verify(mut self, verify: bool) -> Self {
+        self.tls_verify = verify;
+        self
+    }
+
+    /// How many layers are fetched at a time, at least one.
+    #[must_use]
+    pub const fn parallel(mut self, layers: usize) -> Self {
+        self.parallel = if layers == 0 { 1 } else { layers };
+        self
+    }
+}
 
 /// Why an image can't be pulled.
 #[derive(Debug, thiserror::Error)]
@@ -44,11 +93,15 @@ pub enum RegistryError {
         registry: String,
         status: u16,
         what: String,
+        /// How long the registry wants to be left alone.
+        retry_after: Option<Duration>,
     },
     #[error("{registry} answered something that makes no sense: {problem}")]
     Answer { registry: String, problem: &'static str },
     #[error("{registry} would have credentials sent unprotected to {realm:?}")]
     UnprotectedCredentials { registry: String, realm: String },
+    #[error("{registry} would have a request sent on unprotected to {target:?}")]
+    UnprotectedRedirect { registry: String, target: String },
     #[error("{what} broke off after {bytes} bytes")]
     Interrupted {
         what: String,
@@ -59,11 +112,15 @@ pub enum RegistryError {
     Write { path: PathBuf, source: io::Error },
     #[error("cannot read the credentials in {path}: {problem}")]
     CredentialsFile { path: PathBuf, problem: String },
+    #[error("the credential helper {program} {problem}")]
+    CredentialHelper { program: String, problem: String },
     #[error("the image in the registry is unusable")]
     Image {
         #[from]
         source: ImageError,
     },
+    #[error("cannot start a thread")]
+    Thread { source: io::Error },
     #[error("fetching was stopped because another layer failed")]
     Stopped,
 }

@@ -45,9 +45,7 @@ impl Reference {
                 "it names no registry (a host with a dot or a port, or localhost)",
             ));
         }
-        let host_byte =
-            |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b':' | b'[' | b']');
-        if !registry.bytes().all(host_byte) {
+        if !is_host(registry) {
             return Err(wrong("the registry's name is not a host"));
         }
         let (repository, tag) = match path.rsplit_once(':') {
@@ -120,11 +118,13 @@ impl Reference {
             _ => format!("{}/{}:{}", self.registry, self.repository, self.tag()),
         }
     }
+}
 
-    /// Whether the registry is on this machine: then it may speak plain HTTP.
-    pub(super) fn is_local(&self) -> bool {
-        is_local(&self.registry)
-    }
+/// Whether this can be a `HOST[:PORT]`.
+pub(super) fn is_host(text: &str) -> bool {
+    let host_byte =
+        |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b':' | b'[' | b']');
+    !text.is_empty() && text.bytes().all(host_byte)
 }
 
 /// Whether `HOST[:PORT]` is this machine.

@@ -155,7 +155,13 @@ impl Store {
         let record = match self.known(image.id.hex(), progress)? {
             Some(known) => known,
             None => {
-                let layers = convert::layers(&self.directories, self.limits, &image, progress)?;
+                let layers = convert::layers(
+                    &self.directories,
+                    self.limits,
+                    &image,
+                    progress,
+                    &convert::AllThere,
+                )?;
                 let (mounts, root) = mounts::choose(&self.directories, &layers, self.mounts_max)?;
                 ImageRecord::new(&image, layers, mounts, root)
             }

@@ -1,14 +1,47 @@
-//! Pulling into the store: layers are fetched by a few threads and converted here, bottom first, as they arrive.
+//! Pulling into the store: layers are fetched by a few threads and converted by others as they arrive.
 
+use std::sync::atomic::AtomicBool;
+
+use super::convert::{self, Blobs};
 use super::files::StoreLock;
-use super::{Error, ImageName, ImageRecord, PreparedImage, Store, convert, mounts};
+use super::record::ImageLayer;
+use super::{Error, ImageName, ImageRecord, PreparedImage, Store, mounts};
+use crate::image::{ImageError, OpenImage};
 use crate::progress::{Progress, ProgressEvent};
-use crate::registry::{Client, Credentials, Downloads, Fetching, Reference};
+use crate::registry::{Client, Downloads, Fetching, PullOptions, Reference, RegistryError};
+
+/// Layers on their way from a registry.
+struct Fetched<'a> {
+    fetching: Fetching,
+    reference: &'a Reference,
+}
+
+impl Blobs for Fetched<'_> {
+    fn wait_for(&self, index: usize, stop: &AtomicBool) -> Result<(), Error> {
+        self.fetching
+            .wait_for(index, stop)
+            .map_err(failed(self.reference))
+    }
+
+    fn tell(&self, progress: &dyn Progress) {
+        self.fetching
+            .tell(&|index, done, bytes| progress.fetched(index, done, bytes));
+    }
+}
+
+/// For `map_err`: a failure to pull this image.
+fn failed(reference: &Reference) -> impl Fn(RegistryError) -> Error {
+    let image = reference.to_string();
+    move |source| Error::Pull {
+        image: image.clone(),
+        source,
+    }
+}
 
 impl Store {
     /// Bring an image from its registry into the store, under `name` or the reference itself.
     ///
-    /// Only what is new is fetched; what a pull that failed has fetched is not fetched again.
+    /// Only what is new is fetched; what a pull that failed or was killed has fetched is not fetched again.
     ///
     /// # Errors
     /// The registry can't be reached or refuses, the image or one of its layers is refused, or the store can't be written to.
@@ -16,18 +49,16 @@ impl Store {
         &self,
         reference: &Reference,
         name: Option<&str>,
-        credentials: Option<Credentials>,
+        options: &PullOptions,
         progress: &dyn Progress,
     ) -> Result<PreparedImage, Error> {
         let name = ImageName::parse(name.unwrap_or(&reference.local_name()))?;
         let _lock = StoreLock::shared(&self.directories)?;
-        let failed = |source| Error::Pull {
-            image: reference.to_string(),
-            source,
-        };
-        let client = Client::new(reference, credentials);
-        let downloads = Downloads::new(&self.directories.downloads).map_err(failed)?;
-        let image = downloads.image(&client, &self.limits).map_err(failed)?;
+        let client = Client::new(reference, options);
+        let downloads = Downloads::new(&self.directories.downloads).map_err(failed(reference))?;
+        let image = downloads
+            .image(&client, &self.limits)
+            .map_err(failed(reference))?;
         let sizes = image
             .layers
             .iter()
@@ -37,26 +68,18 @@ impl Store {
             layers: image.layers.len(),
             bytes: sizes.sum(),
         });
-
         let record = match self.known(image.id.hex(), progress)? {
             Some(known) => known,
             None => {
-                let missing = convert::missing(&self.directories, &image);
-                let fetching = Fetching::new(&downloads, &client, missing);
-                let ready = |index| {
-                    let told = |index, done, bytes| progress.fetched(index, done, bytes);
-                    fetching.wait_for(index, &told).map_err(failed)
-                };
-                let layers = fetching
-                    .during(|| convert::layers_when(&self.directories, self.limits, &image, progress, &ready))
-                    .inspect_err(|error| {
-                        // A blob that turned out wrong must be fetched anew.
-                        if let Error::Layer { digest, .. } = error
-                            && let Ok(digest) = digest.parse()
-                        {
-                            downloads.forget(&digest);
-                        }
-                    })?;
+                // What an earlier pull left may be damaged, or be taken away by one that goes on beside this one: then the blob is
+                // fetched anew, once.
+                let mut again = false;
+                let mut layers = self.fetch(&image, &downloads, client, options, progress, &mut again);
+                if again && layers.is_err() {
+                    let client = Client::new(reference, options);
+                    layers = self.fetch(&image, &downloads, client, options, progress, &mut again);
+                }
+                let layers = layers?;
                 let (mounts, root) = mounts::choose(&self.directories, &layers, self.mounts_max)?;
                 ImageRecord::new(&image, layers, mounts, root)
             }
@@ -75,5 +98,39 @@ impl Store {
         documents.chain(blobs).for_each(|digest| downloads.forget(digest));
         progress.event(ProgressEvent::ImageFinished);
         self.prepare(&record)
+    }
+
+    /// Fetch and convert what is missing. `again`: whether another attempt may help.
+    fn fetch(
+        &self,
+        image: &OpenImage,
+        downloads: &Downloads,
+        client: Client,
+        options: &PullOptions,
+        progress: &dyn Progress,
+        again: &mut bool,
+    ) -> Result<Vec<ImageLayer>, Error> {
+        let reference = client.reference().clone();
+        let missing = convert::missing(&self.directories, image);
+        let is_missing = convert::is_missing(&self.directories, image);
+        let fetching = Fetching::start(downloads.clone(), client, missing, options.parallel, is_missing)
+            .map_err(failed(&reference))?;
+        let blobs = Fetched {
+            fetching,
+            reference: &reference,
+        };
+        convert::layers(&self.directories, self.limits, image, progress, &blobs).inspect_err(|error| {
+            *again = match error {
+                Error::Layer { digest, .. } => {
+                    // A blob that turned out wrong must be fetched anew.
+                    if let Ok(digest) = digest.parse() {
+                        downloads.forget(&digest);
+                    }
+                    blobs.fetching.was_resumed(digest)
+                }
+                Error::Image { source, .. } => matches!(source, ImageError::Missing { .. }),
+                _ => false,
+            };
+        })
     }
 }
