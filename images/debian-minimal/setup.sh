@@ -4,6 +4,11 @@ cp usr/share/base-passwd/group.master etc/group
 chmod 644 etc/passwd etc/group
 chmod 1777 tmp var/tmp
 chmod 700 root
+mkdir -p run/lock
+chmod 1777 run/lock
+rm -rf var/run var/lock
+ln -s /run var/run
+ln -s /run/lock var/lock
 [ -e etc/profile ] || cp usr/share/base-files/profile etc/profile
 [ -e root/.profile ] || cp usr/share/base-files/dot.profile root/.profile
 [ -e root/.bashrc ] || cp usr/share/base-files/dot.bashrc root/.bashrc

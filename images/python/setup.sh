@@ -1,6 +1,6 @@
 # The links update-alternatives makes when the BLAS is configured.
 lib=usr/lib/x86_64-linux-gnu
-for name in libblas.so.3 liblapack.so.3; do
+for name in libblas.so.3 liblapack.so.3 libopenblas.so.0; do
     ln -sf openblas-pthread/$name $lib/$name
 done
 ldconfig -r .
