@@ -255,7 +255,7 @@ impl ContainerOptions {
         let tmpfs = tmpfs.collect::<Result<_, _>>()?;
         let labels = self.label.iter().map(|text| parse_label(text));
         let labels = labels.collect::<Result<BTreeMap<_, _>, _>>()?;
-        let image = image::find_or_import(directories, self.image())?;
+        let image = image::obtain(directories, self.image(), self.pull)?;
         let process = self.process(&image::defaults(&image.config))?;
         let images_signal = || {
             let name = image.config.stop_signal.as_ref()?;

@@ -6,15 +6,29 @@
 //! Exit codes: those of docker. `run` and `exec` end with the container's own; 125 is ours, 126 a command that
 //! can't be executed, 127 one that isn't found.
 
+mod auth_file;
+mod completion;
+mod container_inspect;
 mod container_options;
 mod doctor;
 mod exec;
+mod format;
 mod image;
+mod image_command;
+mod image_history;
+mod image_inspect;
+mod image_progress;
+mod image_tag;
 mod images;
 mod import;
+mod inspect;
 mod kill;
+mod login;
+mod logout;
 mod output;
+mod prune;
 mod ps;
+mod pull;
 mod rm;
 mod rmi;
 mod run;
@@ -22,6 +36,7 @@ mod signal_name;
 mod stats;
 mod stop;
 mod terminal;
+mod times;
 mod version;
 
 use std::{io::Write as _, process::ExitCode, time::Instant};
@@ -51,10 +66,17 @@ enum Verb {
     Stop(stop::Stop),
     Kill(kill::Kill),
     Rm(rm::Rm),
+    Inspect(inspect::Inspect),
     Images(images::Images),
+    Pull(pull::Pull),
     Import(import::Import),
+    Tag(image_tag::Tag),
     Rmi(rmi::Rmi),
+    Image(image_command::Image),
+    Login(login::Login),
+    Logout(logout::Logout),
     Doctor(doctor::Doctor),
+    Completion(completion::Completion),
     Version(version::Version),
 }
 
@@ -66,6 +88,7 @@ const OURS: u8 = 125;
 
 fn main() -> ExitCode {
     let started = Instant::now();
+    completion::answer::<Arguments>();
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_env_filter(
@@ -91,9 +114,16 @@ fn main() -> ExitCode {
         Verb::Kill(kill) => (kill.execute(), |_| 1),
         Verb::Rm(rm) => (rm.execute(), |_| 1),
         Verb::Images(images) => (images.execute(), |_| 1),
+        Verb::Inspect(inspect) => (inspect.execute(), |_| 1),
+        Verb::Pull(pull) => (pull.execute(), |_| 1),
         Verb::Import(import) => (import.execute(), |_| 1),
+        Verb::Tag(tag) => (tag.execute(), |_| 1),
         Verb::Rmi(rmi) => (rmi.execute(), |_| 1),
+        Verb::Image(image) => (image.execute(), |_| 1),
+        Verb::Login(login) => (login.execute(), |_| 1),
+        Verb::Logout(logout) => (logout.execute(), |_| 1),
         Verb::Doctor(doctor) => (doctor.execute(), |_| 1),
+        Verb::Completion(completion) => (completion.execute(), |_| 1),
         Verb::Version(version) => (version.execute(), |_| 1),
     };
     match result {
