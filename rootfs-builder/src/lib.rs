@@ -20,6 +20,7 @@ mod progress;
 pub mod registry;
 mod store;
 pub mod tar;
+pub mod writable;
 
 pub use image::{ImageConfig, ImageError, ImageSource};
 pub use layer::RootMetadata;

@@ -630,24 +630,13 @@ fn images_of_many_layers_need_few_mounts() {
     store.import(&source, Some("many"), &NoProgress).expect("import");
 }
 
-/// A file system of its own for the store.
-fn small_disk(at: &Path, options: &str) -> support::Mounted {
-    fs::create_dir_all(at).expect("scratch directory");
-    support::run(
-        Command::new("mount")
-            .args(["-t", "tmpfs", "-o", options, "tmpfs"])
-            .arg(at),
-    );
-    support::Mounted(at.to_path_buf())
-}
-
 #[test]
 fn a_full_disk_is_said_to_be_full_and_nothing_is_left_on_it() {
     if support::cannot_mount() {
         return;
     }
     let scratch = tempfile::tempdir().expect("scratch directory");
-    let disk = small_disk(&scratch.path().join("disk"), "size=3m");
+    let disk = support::small_disk(&scratch.path().join("disk"), "size=3m");
     let members: Vec<Member> = (0..100)
         .map(|index| Member::file(format!("f{index}"), vec![index | 1; 100_000]))
         .collect();
@@ -680,7 +669,7 @@ fn a_store_on_a_read_only_disk_can_be_used_but_not_changed() {
         return;
     }
     let scratch = tempfile::tempdir().expect("scratch directory");
-    let disk = small_disk(&scratch.path().join("disk"), "size=64m");
+    let disk = support::small_disk(&scratch.path().join("disk"), "size=64m");
     let source = layout(&scratch.path().join("layout"), &[vec![Member::file("a", b"1")]]);
     let other = layout(&scratch.path().join("other"), &[vec![Member::file("a", b"2")]]);
     let limits = rootfs_builder::Limits {

@@ -4,6 +4,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -13,6 +14,8 @@ use super::{Error, ImageName};
 
 const BLOB_SUFFIX: &str = ".erofs";
 const RECORD_SUFFIX: &str = ".json";
+/// For so long a pull that broke off can be gone on with.
+const DOWNLOADS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// The store's directories.
 #[derive(Debug, Clone)]
@@ -21,6 +24,8 @@ pub(super) struct Directories {
     pub temporary: PathBuf,
     /// Only there once something was pulled.
     pub downloads: PathBuf,
+    /// Only there once a writable layer was made.
+    pub templates: PathBuf,
     layers: PathBuf,
     images: PathBuf,
     names: PathBuf,
@@ -33,6 +38,7 @@ impl Directories {
             root: root.to_path_buf(),
             temporary: root.join("tmp"),
             downloads: root.join("downloads"),
+            templates: root.join("templates"),
             layers: root.join("layers"),
             images: root.join("images"),
             names: root.join("names"),
@@ -235,21 +241,44 @@ pub(super) fn remove_leftovers(directories: &Directories) -> Result<(), Error> {
             remove(&directories.layer_blob(&key))?;
         }
     }
-    Ok(())
+    remove_old_downloads(directories)
 }
 
-/// Remove what pulls that broke off have fetched. Only with the exclusive lock.
-pub(super) fn remove_downloads(directories: &Directories) -> Result<(), Error> {
-    match fs::remove_dir_all(&directories.downloads) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(&directories.downloads)(error)),
+/// Remove a directory that may not be there, with everything below. Only with the exclusive lock.
+pub(super) fn remove_below(directory: &Path) -> Result<(), Error> {
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(directory)(error)),
         _ => Ok(()),
     }
 }
 
-/// Space of what pulls that broke off have fetched.
-pub(super) fn downloaded_bytes(directories: &Directories) -> Result<u64, Error> {
+/// Remove parts of layers that no pull has gone on with for long. Only with the exclusive lock.
+fn remove_old_downloads(directories: &Directories) -> Result<(), Error> {
+    for directory in [
+        directories.downloads.clone(),
+        directories.downloads.join("blobs/sha256"),
+        directories.downloads.join("blobs/sha512"),
+    ] {
+        if !directory.exists() {
+            continue;
+        }
+        for (_, path) in list(&directory)? {
+            let is_old = fs::symlink_metadata(&path).is_ok_and(|status| {
+                let age = status.modified().ok().and_then(|time| time.elapsed().ok());
+                status.is_file() && age.is_some_and(|age| age > DOWNLOADS_KEPT)
+            });
+            if is_old {
+                remove(&path)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Space of everything below a directory that may not be there.
+pub(super) fn bytes_below(directory: &Path) -> Result<u64, Error> {
     let mut bytes = 0;
-    let mut todo = vec![directories.downloads.clone()];
+    let mut todo = vec![directory.to_path_buf()];
     while let Some(path) = todo.pop() {
         match fs::symlink_metadata(&path) {
             Ok(status) if status.is_dir() => todo.extend(list(&path)?.into_iter().map(|(_, path)| path)),

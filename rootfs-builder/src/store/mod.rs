@@ -6,6 +6,7 @@
 //!   tmp/              half-made files, and a lock for each layer under conversion
 //!   layers/KEY.erofs  a converted layer    layers/KEY.json   what is known of it; its presence makes the layer count
 //!   images/ID.json    an image             names/NAME        the id an image's name stands for
+//!   templates/        empty file systems for writable layers, by size
 //!   downloads/        blobs on their way from a registry, kept if a pull breaks off
 //! ```
 //!
@@ -25,6 +26,7 @@ mod name;
 mod pull;
 mod record;
 mod removal;
+mod templates;
 
 use std::fs;
 use std::io;

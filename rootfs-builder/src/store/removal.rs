@@ -51,7 +51,7 @@ pub struct PruneOptions<'a> {
 pub struct Pruned {
     pub images: Vec<PrunedImage>,
     pub layers: usize,
-    /// Layers and parts of layers that pulls which broke off had fetched.
+    /// Of layers, of parts of layers that pulls which broke off had fetched, and of templates for writable layers.
     pub bytes: u64,
 }
 
@@ -169,7 +169,10 @@ impl Store {
         let unused = self.unused_layers(&kept)?;
         pruned.layers = unused.len();
         pruned.bytes = unused.values().map(|(_, bytes)| bytes).sum();
-        pruned.bytes += files::downloaded_bytes(&self.directories)?;
+        let leftovers = [&self.directories.downloads, &self.directories.templates];
+        for directory in leftovers {
+            pruned.bytes += files::bytes_below(directory)?;
+        }
         if options.dry_run {
             return Ok(pruned);
         }
@@ -181,7 +184,9 @@ impl Store {
         }
         self.remove_layers(&unused)?;
         files::remove_leftovers(&self.directories)?;
-        files::remove_downloads(&self.directories)?;
+        for directory in leftovers {
+            files::remove_below(directory)?;
+        }
         Ok(pruned)
     }
 

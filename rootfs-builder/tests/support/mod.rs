@@ -74,6 +74,15 @@ impl Drop for Mounted {
     }
 }
 
+/// A file system of its own for the store.
+pub fn small_disk(at: &Path, options: &str) -> Mounted {
+    fs::create_dir_all(at).expect("scratch directory");
+    run(Command::new("mount")
+        .args(["-t", "tmpfs", "-o", options, "tmpfs"])
+        .arg(at));
+    Mounted(at.to_path_buf())
+}
+
 pub fn run(command: &mut Command) {
     let output = command
         .output()
