@@ -55,10 +55,15 @@ pub enum WritableError {
     #[error("cannot create {path}")]
     Create { path: PathBuf, source: io::Error },
     #[error("cannot prepare a file system for --storage-opt size=")]
-    Store {
-        #[from]
-        source: Error,
-    },
+    Store { source: Box<Error> },
+}
+
+impl From<Error> for WritableError {
+    fn from(source: Error) -> Self {
+        Self::Store {
+            source: Box::new(source),
+        }
+    }
 }
 
 /// A size a writable layer can have.
