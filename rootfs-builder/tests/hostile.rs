@@ -2,25 +2,14 @@
 
 mod support;
 
-use std::error::Error as _;
 use std::fs;
 use std::path::Path;
 
-use rootfs_builder::{Error, ImageSource, Limits, NoProgress, Store};
+use rootfs_builder::{ImageSource, Limits, NoProgress, Store};
 use support::archive::{Layout, Member, archive, checksum, gzip, header, padded, pax_record, sha256};
+use support::told;
 
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
-
-/// An error and its causes, as a person gets to see them.
-fn told(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text += &format!(": {error}");
-        cause = error.source();
-    }
-    text
-}
 
 fn import_with(limits: Limits, layout: &Path) -> Result<(), String> {
     let scratch = tempfile::tempdir().expect("scratch directory");
@@ -168,6 +157,22 @@ fn attributes_of_overlayfs_and_unknown_namespaces_are_left_out() {
     let directory = reader.lookup(&root, b"d").expect("readable").expect("there");
     let names: Vec<&[u8]> = directory.metadata.xattrs.keys().map(AsRef::as_ref).collect();
     assert_eq!(names, [b"user.kept".as_slice()]);
+}
+
+#[test]
+fn one_bad_layer_takes_the_others_with_it() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let mut layout = Layout::new(scratch.path());
+    for layer in 0..5 {
+        layout.layer(&archive(&[Member::file(format!("{layer}"), vec![layer; 5000])]));
+    }
+    let bad = archive(&[Member::file("../out", b"")]);
+    layout
+        .layer(&bad)
+        .layer(&archive(&[Member::file("top", b"")]))
+        .write();
+    let text = import_with(Limits::default(), scratch.path()).expect_err("a refusal");
+    assert!(text.contains(&sha256(&gzip(&bad))), "{text}");
 }
 
 #[test]

@@ -7,7 +7,6 @@
 mod support;
 
 use std::cell::RefCell;
-use std::error::Error as _;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -18,9 +17,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rootfs_builder::registry::{Credentials, PullOptions, Reference};
-use rootfs_builder::{Error, LayerOutcome, NoProgress, PreparedImage, Progress, ProgressEvent, Store};
-use support::archive::{Layout, Member, archive};
-use support::{has, run};
+use rootfs_builder::{LayerOutcome, NoProgress, PreparedImage, Progress, ProgressEvent, Store};
+use support::archive::{Layout, Member, archive, noise};
+use support::{has, run, told};
 
 /// `hull:secret`, as `htpasswd -nbB` writes it.
 const HTPASSWD: &str = "hull:$2y$04$GKsREbNOrBvcBeplRdFW8.nlkx.BfW/17cESXRx5DM6jh26v2gHIq\n";
@@ -99,33 +98,10 @@ impl Drop for Registry {
     }
 }
 
-fn told(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text += &format!(": {error}");
-        cause = error.source();
-    }
-    text
-}
-
 fn pulled(store: &Store, reference: &Reference, options: &PullOptions) -> PreparedImage {
     store
         .pull(reference, None, options, &NoProgress)
         .unwrap_or_else(|error| panic!("{}", told(&error)))
-}
-
-/// Data that doesn't compress: blobs of some size.
-fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()[0]
-    })
-    .take(len)
-    .collect()
 }
 
 fn layout(dir: &Path, layers: u64) -> Layout {

@@ -131,6 +131,16 @@ impl Store {
         name: Option<&str>,
         progress: &dyn Progress,
     ) -> Result<PreparedImage, Error> {
+        let result = self.import_layers(source, name, progress);
+        self.tidied(result)
+    }
+
+    fn import_layers(
+        &self,
+        source: &ImageSource,
+        name: Option<&str>,
+        progress: &dyn Progress,
+    ) -> Result<PreparedImage, Error> {
         let name = name.map(ImageName::parse).transpose()?;
         let _lock = StoreLock::shared(&self.directories)?;
         let image_error = |source_error| Error::Image {

@@ -52,6 +52,17 @@ impl Store {
         options: &PullOptions,
         progress: &dyn Progress,
     ) -> Result<PreparedImage, Error> {
+        let result = self.pull_layers(reference, name, options, progress);
+        self.tidied(result)
+    }
+
+    fn pull_layers(
+        &self,
+        reference: &Reference,
+        name: Option<&str>,
+        options: &PullOptions,
+        progress: &dyn Progress,
+    ) -> Result<PreparedImage, Error> {
         let name = ImageName::parse(name.unwrap_or(&reference.local_name()))?;
         let _lock = StoreLock::shared(&self.directories)?;
         let client = Client::new(reference, options);

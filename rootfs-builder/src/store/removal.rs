@@ -114,16 +114,31 @@ impl Store {
             removed.deleted = Some(id);
         }
         drop((names_lock, lock));
-        // Layers go as well, unless someone is just using the store: then the next clean-up takes them.
-        if removed.deleted.is_some()
-            && let Some(_lock) = StoreLock::try_exclusive(&self.directories)?
-        {
-            let unused = self.unused_layers(&self.records()?)?;
-            self.remove_layers(&unused)?;
+        if removed.deleted.is_some() {
+            let unused = self.remove_unused_layers()?;
             removed.bytes = unused.values().map(|(_, bytes)| bytes).sum();
             removed.layers = unused.into_values().map(|(diff_id, _)| diff_id).collect();
         }
         Ok(removed)
+    }
+
+    /// Pass on how bringing in an image ended; of a refused one, the layers that were fine go as well.
+    pub(super) fn tidied<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
+        if let Err(Error::Layer { .. }) = &result {
+            // The refusal is what matters; what can't be removed now goes with the next clean-up.
+            let _ = self.remove_unused_layers();
+        }
+        result
+    }
+
+    /// Remove layers no image has, unless someone is just using the store: then the next clean-up takes them.
+    fn remove_unused_layers(&self) -> Result<UnusedLayers, Error> {
+        let Some(_lock) = StoreLock::try_exclusive(&self.directories)? else {
+            return Ok(UnusedLayers::new());
+        };
+        let unused = self.unused_layers(&self.records()?)?;
+        self.remove_layers(&unused)?;
+        Ok(unused)
     }
 
     /// Take a name from its image, which stays.

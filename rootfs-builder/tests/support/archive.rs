@@ -299,3 +299,16 @@ impl Layout {
         fs::write(self.dir.join("index.json"), index.to_string()).expect("scratch directory");
     }
 }
+
+/// Data that doesn't compress: blobs of some size.
+pub fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[0]
+    })
+    .take(len)
+    .collect()
+}

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
 pub mod archive;
+pub mod server;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -217,4 +218,15 @@ pub fn differences(ours: &BTreeMap<String, Described>, theirs: &BTreeMap<String,
             .map(|name| format!("{name}: only ours")),
     );
     lines
+}
+
+/// An error with all its causes.
+pub fn told(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
 }
