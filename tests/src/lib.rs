@@ -8,4 +8,5 @@ pub mod initramfs;
 pub mod kernel_guest;
 pub mod kernel_vm;
 pub mod outer_vm;
+pub mod runc;
 pub mod soak_root;
