@@ -27,6 +27,8 @@ pub const MAX_STRING_BYTES: usize = 128 * 1024;
 pub const MAX_STRINGS_BYTES: usize = 2 << 20;
 /// Largest seccomp program: 4096 instructions.
 pub const MAX_SECCOMP_BYTES: usize = 4096 * 8;
+/// Most seccomp programs of a process.
+pub const MAX_SECCOMP_PROGRAMS: usize = 16;
 /// Largest file given with a container.
 pub const MAX_FILE_BYTES: usize = 256 * 1024;
 /// Most entropy of one call.
@@ -244,12 +246,26 @@ impl Bounded for Process {
                 "has an unknown capability",
             )?;
         }
-        let seccomp = &self.seccomp_program;
-        require(
-            seccomp.len() <= MAX_SECCOMP_BYTES && seccomp.len().is_multiple_of(8),
-            "process.seccomp_program",
-            "is not a whole number of at most 4096 instructions",
+        check_list(
+            "process.seccomp_programs",
+            &self.seccomp_programs,
+            MAX_SECCOMP_PROGRAMS,
         )?;
+        for program in &self.seccomp_programs {
+            require(
+                !program.is_empty() && program.len() <= MAX_SECCOMP_BYTES && program.len().is_multiple_of(8),
+                "process.seccomp_programs",
+                "is not a whole number of at most 4096 instructions",
+            )?;
+        }
+        check_list(
+            "process.additional_groups",
+            &self.additional_groups,
+            MAX_LIST_ENTRIES,
+        )?;
+        self.additional_groups
+            .iter()
+            .try_for_each(|group| check_text("process.additional_groups", group, 256))?;
         if let Some(umask) = self.umask {
             require(umask <= 0o777, "process.umask", "has bits above 0777")?;
         }
@@ -304,9 +320,17 @@ impl Bounded for CreateContainerRequest {
             paths.iter().try_for_each(|path| check_path(field, path))?;
         }
         check_list("devices", &self.devices, MAX_LIST_ENTRIES)?;
-        self.devices
-            .iter()
-            .try_for_each(|device| check_path("devices.path", &device.path))?;
+        for device in &self.devices {
+            check_path("devices.path", &device.path)?;
+            if !device.source.is_empty() {
+                check_path("devices.source", &device.source)?;
+                require(
+                    device.source.starts_with("/dev/") && !device.source.contains(".."),
+                    "devices.source",
+                    "is not below /dev",
+                )?;
+            }
+        }
         check_list("sysctls", &self.sysctls, 256)?;
         for sysctl in &self.sysctls {
             check_text("sysctls.name", &sysctl.name, 256)?;

@@ -1,7 +1,7 @@
 //! A container's control group: its limits, its statistics, and the way to kill all of it.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::{self, File},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
@@ -44,12 +44,10 @@ impl Cgroup {
         Ok(this)
     }
 
-    /// The file a process joins by.
-    pub fn open_procs(&self) -> Result<OwnedFd, AgentError> {
-        let file = OpenOptions::new()
-            .write(true)
-            .open(self.dir.join("cgroup.procs"))
-            .map_err(|error| AgentError::setup("opening cgroup.procs")(io_errno(&error)))?;
+    /// Its directory, for a process to be born in.
+    pub fn open(&self) -> Result<OwnedFd, AgentError> {
+        let file = File::open(&self.dir)
+            .map_err(|error| AgentError::setup("opening the control group")(io_errno(&error)))?;
         Ok(file.into())
     }
 

@@ -1,24 +1,23 @@
 //! The agent's state: containers and their processes.
 //!
 //! ```text
-//!             create                    start                     exit
-//!  (nothing) ────────► Creating ─► Created ────────► Running ────────────► Exited
-//!                          │           └──────── exit before start ──────────▲
-//!                          └─► (nothing, when the setup fails)
+//!             create            start                           exit
+//!  (nothing) ────────► Created ────────► Starting ─► Running ────────────► Exited
+//!                                            └─► (nothing, when the setup fails)
 //! ```
 //!
 //! Owner: one [`Containers`], shared by the connections' threads and the reaper. Its one lock is never held
-//! across anything a container can delay, with one exception: from a fork until the new process's id is known,
-//! which needs only code of the agent to run.
+//! across anything a container can delay.
 //!
 //! Invariants: a process id in the table is of a process not yet reaped, because the reaper removes it under
-//! the same lock; a signal therefore never meets a stranger.
+//! the same lock; a signal therefore never meets a stranger. A process that is reaped before its starter has
+//! entered its id is kept as unclaimed until then.
 
 use std::{
     collections::HashMap,
     fmt,
-    fs::{self, File},
-    os::fd::AsFd as _,
+    fs::File,
+    os::fd::{AsFd as _, OwnedFd},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
 };
 
@@ -40,10 +39,10 @@ use crate::{
     error::AgentError,
     init,
     log::log,
-    process::{self, Place, Plan, Setup},
+    process::{self, Credentials, Place, Plan, Program},
     rootfs::MountedRootfs,
     stdio::{self, AgentEnds, StdinCloser, Streams},
-    sys, user,
+    sys, terminal, user,
 };
 
 /// Execs of one container that are remembered; beyond it the exited ones are forgotten.
@@ -53,8 +52,8 @@ const MAX_EXECS: usize = 1024;
 pub type Waiter = Box<dyn FnOnce(WaitProcessResponse) + Send>;
 
 enum State {
-    Creating,
-    Created { setup: Setup, ends: AgentEnds },
+    Created { plan: Box<Plan>, ends: AgentEnds },
+    Starting,
     Running,
     Exited(WaitProcessResponse),
 }
@@ -62,8 +61,8 @@ enum State {
 impl State {
     fn name(&self) -> &'static str {
         match self {
-            Self::Creating => "being created",
             Self::Created { .. } => "created",
+            Self::Starting => "being started",
             Self::Running => "running",
             Self::Exited(_) => "stopped",
         }
@@ -71,6 +70,7 @@ impl State {
 }
 
 struct Entry {
+    /// Zero until it runs.
     pid: i32,
     state: State,
     waiters: Vec<Waiter>,
@@ -78,9 +78,22 @@ struct Entry {
     stdin: Option<StdinCloser>,
 }
 
+/// What every process of a container is made with.
+struct Surroundings {
+    /// The root, as it is below all mounts of the container.
+    root: File,
+    /// Directory of the control group.
+    cgroup: OwnedFd,
+    /// The container's terminals.
+    devpts: OwnedFd,
+}
+
 struct Container {
-    rootfs: MountedRootfs,
+    // The order of fields is the order of destruction.
     cgroup: Cgroup,
+    surroundings: Arc<Surroundings>,
+    /// Unmounted last.
+    _rootfs: MountedRootfs,
     /// By exec id, the first process's being empty.
     processes: HashMap<String, Entry>,
     oom_kills_seen: u64,
@@ -89,13 +102,16 @@ struct Container {
 #[derive(Default)]
 struct Table {
     containers: HashMap<String, Container>,
+    /// How many processes are being started, and which have exited before their starters knew their ids.
+    starting: usize,
+    unclaimed: HashMap<i32, WaitStatus>,
 }
 
 /// All containers of this microVM.
 #[derive(Default)]
 pub struct Containers {
     table: Mutex<Table>,
-    /// Rung after each fork, for the reaper, which has nothing to wait for before.
+    /// Rung after each start, for the reaper, which has nothing to wait for before.
     spawned: Condvar,
     /// Streams that wait for their process.
     pub streams: Arc<Streams>,
@@ -137,143 +153,88 @@ impl Containers {
         if self.lock().containers.contains_key(&id) {
             return Err(AgentError::Exists { id });
         }
-        let mut rootfs = MountedRootfs::mount(&id, &request.rootfs)?;
+        let mut rootfs = MountedRootfs::mount(&id, &request.rootfs, request.all_devices)?;
         rootfs.write_files(&request.files)?;
         let cgroup = Cgroup::create(&id, &request.resources)?;
+        let devpts = terminal::make_devpts(&request.mounts)?;
+        let surroundings = Arc::new(Surroundings {
+            root: rootfs.open_root()?,
+            cgroup: cgroup.open()?,
+            devpts,
+        });
         let process = request.process.take().unwrap_or_default();
         let place = Place::New {
             root: rootfs.root.clone(),
             files: rootfs.files.clone(),
+            devpts: duplicate(&surroundings.devpts)?,
             request: Box::new(request),
         };
-        let (plan, ends) = plan(place, process, &rootfs, &cgroup)?;
-
+        let entry = prepare(place, &process, &surroundings)?;
         let mut table = self.lock();
         if table.containers.contains_key(&id) {
             return Err(AgentError::Exists { id });
         }
-        let (pid, setup) = self.spawn(&plan)?;
         let container = Container {
-            rootfs,
             cgroup,
-            processes: HashMap::new(),
+            surroundings,
+            _rootfs: rootfs,
+            processes: HashMap::from([(String::new(), entry)]),
             oom_kills_seen: 0,
         };
-        table.containers.insert(id.clone(), container);
-        let result = self.settle(table, (&id, ""), pid, setup, ends);
-        if result.is_err() {
-            let removed = self.lock().containers.remove(&id);
-            drop(removed);
-        }
-        result
-    }
-
-    /// Prepares a further process of a running container.
-    pub fn create_exec(&self, request: CreateExecRequest) -> Result<(), AgentError> {
-        let (container_id, exec_id) = (request.container_id.clone(), request.exec_id.clone());
-        let result = self.prepare_exec(request);
-        if matches!(result, Err(ref error) if !matches!(error, AgentError::Exists { .. })) {
-            self.streams.forget(&container_id, &exec_id);
-        }
-        result
-    }
-
-    fn prepare_exec(&self, mut request: CreateExecRequest) -> Result<(), AgentError> {
-        let process = request.process.take().unwrap_or_default();
-        let mut table = self.lock();
-        let container = table.container(&request.container_id)?;
-        if container.processes.contains_key(&request.exec_id) {
-            return Err(AgentError::Exists { id: request.exec_id });
-        }
-        let pid = match container.processes.get("") {
-            Some(Entry {
-                pid,
-                state: State::Running,
-                ..
-            }) => *pid,
-            Some(entry) => {
-                return Err(AgentError::WrongState {
-                    id: request.container_id,
-                    state: entry.state.name(),
-                });
-            }
-            None => {
-                return Err(AgentError::NoContainer {
-                    id: request.container_id,
-                });
-            }
-        };
-        if container.processes.len() >= MAX_EXECS {
-            container
-                .processes
-                .retain(|id, entry| id.is_empty() || !matches!(entry.state, State::Exited(_)));
-        }
-        let pidfd =
-            sys::pidfd_open(pid).map_err(AgentError::setup("opening the container's first process"))?;
-        let (plan, ends) = plan(
-            Place::Join { pidfd },
-            process,
-            &container.rootfs,
-            &container.cgroup,
-        )?;
-        let (pid, setup) = self.spawn(&plan)?;
-        let ids = (request.container_id.as_str(), request.exec_id.as_str());
-        let result = self.settle(table, ids, pid, setup, ends);
-        if result.is_err()
-            && let Ok(container) = self.lock().container(&request.container_id)
-        {
-            container.processes.remove(&request.exec_id);
-        }
-        result
-    }
-
-    fn spawn(&self, plan: &Plan) -> Result<(i32, Setup), AgentError> {
-        let spawned = process::spawn(plan);
-        self.spawned.notify_all();
-        spawned
-    }
-
-    /// Enters a fresh process into the table and, without the lock, waits until it is set up.
-    fn settle(
-        &self,
-        mut table: MutexGuard<'_, Table>,
-        (container_id, exec_id): (&str, &str),
-        pid: i32,
-        mut setup: Setup,
-        mut ends: AgentEnds,
-    ) -> Result<(), AgentError> {
-        let entry = Entry {
-            pid,
-            state: State::Creating,
-            waiters: Vec::new(),
-            terminal: None,
-            stdin: None,
-        };
-        table
-            .container(container_id)?
-            .processes
-            .insert(exec_id.to_owned(), entry);
-        drop(table);
-        let terminal = setup.finish()?.map(|fd| Arc::new(File::from(fd)));
-        ends.terminal.clone_from(&terminal);
-        let mut table = self.lock();
-        let entry = table.entry(container_id, exec_id)?;
-        if matches!(entry.state, State::Exited(_)) {
-            return Err(AgentError::SetupDied);
-        }
-        entry.terminal = terminal;
-        entry.state = State::Created { setup, ends };
+        table.containers.insert(id, container);
         Ok(())
     }
 
-    /// Lets a created process execute its program.
+    /// Prepares a further process of a running container.
+    pub fn create_exec(&self, request: &CreateExecRequest) -> Result<(), AgentError> {
+        let result = self.prepare_exec(request);
+        if matches!(result, Err(ref error) if !matches!(error, AgentError::Exists { .. })) {
+            self.streams.forget(&request.container_id, &request.exec_id);
+        }
+        result
+    }
+
+    fn prepare_exec(&self, request: &CreateExecRequest) -> Result<(), AgentError> {
+        let exists = || AgentError::Exists {
+            id: request.exec_id.clone(),
+        };
+        let (surroundings, pidfd) = {
+            let mut table = self.lock();
+            let container = table.container(&request.container_id)?;
+            if container.processes.contains_key(&request.exec_id) {
+                return Err(exists());
+            }
+            if container.processes.len() >= MAX_EXECS {
+                container
+                    .processes
+                    .retain(|id, entry| id.is_empty() || !matches!(entry.state, State::Exited(_)));
+            }
+            let pid = container.running_pid(&request.container_id)?;
+            let pidfd =
+                sys::pidfd_open(pid).map_err(AgentError::setup("opening the container's first process"))?;
+            (Arc::clone(&container.surroundings), pidfd)
+        };
+        let entry = prepare(Place::Join { pidfd }, &request.process, &surroundings)?;
+        let mut table = self.lock();
+        let container = table.container(&request.container_id)?;
+        if container.processes.contains_key(&request.exec_id) {
+            return Err(exists());
+        }
+        container.processes.insert(request.exec_id.clone(), entry);
+        Ok(())
+    }
+
+    /// Makes a created process and lets it execute its program.
     pub fn start(&self, process: &ProcessRef) -> Result<u32, AgentError> {
         let (container_id, exec_id) = (process.container_id.as_str(), process.exec_id.as_str());
-        let (pid, setup, ends) = {
+        let (plan, ends) = {
             let mut table = self.lock();
             let entry = table.entry(container_id, exec_id)?;
-            match std::mem::replace(&mut entry.state, State::Running) {
-                State::Created { setup, ends } => (entry.pid, setup, ends),
+            match std::mem::replace(&mut entry.state, State::Starting) {
+                State::Created { plan, ends } => {
+                    table.starting += 1;
+                    (plan, ends)
+                }
                 other => {
                     let state = other.name();
                     entry.state = other;
@@ -284,12 +245,68 @@ impl Containers {
                 }
             }
         };
-        let stdin = ends.connect(&self.streams, container_id, exec_id)?;
-        if let Ok(entry) = self.lock().entry(container_id, exec_id) {
+        let launched = ends
+            .take_streams(&self.streams, container_id, exec_id)
+            .and_then(|connected| Ok((process::launch(&plan)?, connected)));
+        // The process's ends of its streams, so that the process is all who holds them.
+        drop(plan);
+        match launched {
+            Ok((pid, connected)) => {
+                self.settle(process, pid, connected.closer());
+                connected.move_bytes()?;
+                Ok(pid.unsigned_abs())
+            }
+            Err(error) => {
+                self.forget(process);
+                Err(error)
+            }
+        }
+    }
+
+    /// Enters a started process into the table.
+    fn settle(&self, process: &ProcessRef, pid: i32, stdin: Option<StdinCloser>) {
+        let mut table = self.lock();
+        if let Ok(entry) = table.entry(&process.container_id, &process.exec_id) {
+            entry.pid = pid;
+            entry.state = State::Running;
             entry.stdin = stdin;
         }
-        setup.start()?;
-        Ok(pid.unsigned_abs())
+        let told = table
+            .unclaimed
+            .remove(&pid)
+            .and_then(|status| table.record_exit(pid, status));
+        table.started();
+        self.spawned.notify_all();
+        drop(table);
+        tell(told);
+    }
+
+    /// Removes a process that couldn't be started; with a first process goes its container.
+    fn forget(&self, process: &ProcessRef) {
+        let mut table = self.lock();
+        table.started();
+        // A child that failed waits to be reaped.
+        self.spawned.notify_all();
+        let (container, entry) = if process.exec_id.is_empty() {
+            let container = table.containers.remove(&process.container_id);
+            (container, None)
+        } else {
+            let container = table.containers.get_mut(&process.container_id);
+            let entry = container.and_then(|container| container.processes.remove(&process.exec_id));
+            (None, entry)
+        };
+        drop(table);
+        let waiters = container
+            .into_iter()
+            .flat_map(|mut container| std::mem::take(&mut container.processes).into_values())
+            .chain(entry)
+            .flat_map(|entry| entry.waiters)
+            .collect();
+        let exit = WaitProcessResponse {
+            outcome: Some(Outcome::ExitCode(127)),
+            ..WaitProcessResponse::default()
+        };
+        tell(Some((waiters, exit)));
     }
 
     /// Sends a signal to one process or all of a container.
@@ -305,10 +322,10 @@ impl Containers {
         };
         let mut table = self.lock();
         let entry = table.entry(&process.container_id, &process.exec_id)?;
-        if let State::Exited(_) = entry.state {
+        if !matches!(entry.state, State::Running) {
             return Err(AgentError::WrongState {
                 id: process.container_id.clone(),
-                state: "stopped",
+                state: entry.state.name(),
             });
         }
         let pid = entry.pid;
@@ -401,7 +418,7 @@ impl Containers {
                 Ok(Some(pid)) => pid,
                 Ok(None) | Err(Errno::EINTR) => continue,
                 Err(Errno::ECHILD) => {
-                    // A child forked since then has rung the bell under the lock, which we hold now.
+                    // Who has started a child since then has rung the bell under the lock, which we hold now.
                     if waitid(
                         Id::All,
                         WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT | WaitPidFlag::WNOHANG,
@@ -417,26 +434,50 @@ impl Containers {
                 }
             };
             let told = match waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
-                Ok(status) => table.record_exit(pid.as_raw(), status),
+                Ok(status) => table.reaped(pid.as_raw(), status),
                 Err(_) => None,
             };
             drop(table);
-            if let Some((waiters, exit)) = told {
-                for waiter in waiters {
-                    waiter(exit.clone());
-                }
-            }
+            tell(told);
+        }
+    }
+}
+
+/// Who is to be told of an exit, and what.
+type Told = Option<(Vec<Waiter>, WaitProcessResponse)>;
+
+fn tell(told: Told) {
+    if let Some((waiters, exit)) = told {
+        for waiter in waiters {
+            waiter(exit.clone());
         }
     }
 }
 
 impl Table {
-    fn record_exit(&mut self, pid: i32, status: WaitStatus) -> Option<(Vec<Waiter>, WaitProcessResponse)> {
+    /// A start has ended, well or not.
+    fn started(&mut self) {
+        self.starting = self.starting.saturating_sub(1);
+        if self.starting == 0 {
+            self.unclaimed.clear();
+        }
+    }
+
+    /// Takes note of a reaped process.
+    fn reaped(&mut self, pid: i32, status: WaitStatus) -> Told {
+        let told = self.record_exit(pid, status);
+        if told.is_none() && self.starting > 0 {
+            self.unclaimed.insert(pid, status);
+        }
+        told
+    }
+
+    fn record_exit(&mut self, pid: i32, status: WaitStatus) -> Told {
         let (container, exec_id) = self.containers.values_mut().find_map(|container| {
             let found = container
                 .processes
                 .iter()
-                .find(|(_, entry)| entry.pid == pid && !matches!(entry.state, State::Exited(_)));
+                .find(|(_, entry)| entry.pid == pid && matches!(entry.state, State::Running));
             let exec_id = found.map(|(exec_id, _)| exec_id.clone())?;
             Some((container, exec_id))
         })?;
@@ -463,23 +504,61 @@ impl Table {
     }
 }
 
-fn plan(
-    place: Place,
-    process: Process,
-    rootfs: &MountedRootfs,
-    cgroup: &Cgroup,
-) -> Result<(Plan, AgentEnds), AgentError> {
-    let root = fs::File::open(&rootfs.root).map_err(|error| {
-        AgentError::rootfs("opening the root")(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
-    })?;
-    let identity = user::resolve(&root, &process)?;
-    let (stdio, ends) = stdio::prepare(&process)?;
+impl Container {
+    fn running_pid(&self, id: &str) -> Result<i32, AgentError> {
+        match self.processes.get("") {
+            Some(Entry {
+                pid,
+                state: State::Running,
+                ..
+            }) => Ok(*pid),
+            other => Err(AgentError::WrongState {
+                id: id.to_owned(),
+                state: other.map_or("stopped", |entry| entry.state.name()),
+            }),
+        }
+    }
+}
+
+fn duplicate(fd: &OwnedFd) -> Result<OwnedFd, AgentError> {
+    fd.try_clone().map_err(|error| {
+        AgentError::setup("duplicating a descriptor")(
+            error.raw_os_error().map_or(Errno::EMFILE, Errno::from_raw),
+        )
+    })
+}
+
+/// Everything about a process that can be settled before it is made.
+fn prepare(place: Place, process: &Process, surroundings: &Surroundings) -> Result<Entry, AgentError> {
+    let identity = user::resolve(&surroundings.root, process)?;
+    let terminal = if process.terminal {
+        Some(terminal::open(&surroundings.devpts, process, &identity)?)
+    } else {
+        None
+    };
+    let number = terminal.as_ref().map(|terminal| terminal.number);
+    let (stdio, ends) = stdio::prepare(process, terminal)?;
+    let encoding = AgentError::setup("encoding the command, its environment or its directory");
+    let plan = Program::new(process, &identity)
+        .and_then(|program| Ok((program, Credentials::new(process, &identity)?)))
+        .map_err(encoding);
+    let (program, credentials) = plan?;
     let plan = Plan {
         place,
-        process,
-        identity,
-        cgroup_procs: cgroup.open_procs()?,
+        program,
+        credentials,
+        cgroup: duplicate(&surroundings.cgroup)?,
         stdio,
+        terminal: number,
     };
-    Ok((plan, ends))
+    Ok(Entry {
+        pid: 0,
+        waiters: Vec::new(),
+        terminal: ends.terminal.clone(),
+        stdin: None,
+        state: State::Created {
+            plan: Box::new(plan),
+            ends,
+        },
+    })
 }

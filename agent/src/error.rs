@@ -97,9 +97,6 @@ pub enum AgentError {
         /// What `execve` said.
         errno: Errno,
     },
-    /// The process went away during its setup.
-    #[error("the process ended during its setup")]
-    SetupDied,
     /// The host declared streams but didn't attach them.
     #[error("stdio streams were not attached in time")]
     StreamsMissing,
@@ -148,7 +145,7 @@ impl AgentError {
                 errno: Errno::ENOENT, ..
             } => (StatusCode::NotFound, ErrorKind::COMMAND_NOT_FOUND),
             Self::Exec { .. } => (StatusCode::InvalidArgument, ErrorKind::COMMAND_NOT_EXECUTABLE),
-            Self::Setup { .. } | Self::SetupDied => (StatusCode::Internal, ErrorKind::SETUP),
+            Self::Setup { .. } => (StatusCode::Internal, ErrorKind::SETUP),
             Self::StreamsMissing => (StatusCode::FailedPrecondition, ErrorKind::INTERNAL),
         }
     }

@@ -21,6 +21,7 @@ mod rootfs;
 mod rpc;
 mod stdio;
 mod sys;
+mod terminal;
 mod user;
 mod vsock;
 

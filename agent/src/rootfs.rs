@@ -42,7 +42,13 @@ fn make_dir(path: &Path) -> Result<(), AgentError> {
 
 impl MountedRootfs {
     /// Mounts what the request describes.
-    pub fn mount(container_id: &str, spec: &Rootfs) -> Result<Self, AgentError> {
+    pub fn mount(container_id: &str, spec: &Rootfs, all_devices: bool) -> Result<Self, AgentError> {
+        // A device node of the image, or one made in the root, opens nothing: see `process::mounts`.
+        let flags = if all_devices {
+            MsFlags::empty()
+        } else {
+            MsFlags::MS_NODEV
+        };
         let dir = Path::new(RUN_DIR).join(container_id);
         let mut this = Self {
             root: dir.join("rootfs"),
@@ -58,15 +64,15 @@ impl MountedRootfs {
                 // No limit on inodes beside the microVM's memory, which the size doesn't bound either.
                 let options = format!("size={bytes},nr_inodes=0,mode=0700");
                 this.mount_at("tmpfs", &upper, "tmpfs", MsFlags::empty(), &options)?;
-                this.mount_overlay(spec, &lower, Some(&upper))?;
+                this.mount_overlay(spec, &lower, Some(&upper), flags)?;
             }
             Some(Upper::BlockSerial(serial)) => {
                 let device = device(serial, spec.layer_serials.len() + 1)?;
                 this.mount_at(&device, &upper, "ext4", MsFlags::MS_NOATIME, "")?;
-                this.mount_overlay(spec, &lower, Some(&upper))?;
+                this.mount_overlay(spec, &lower, Some(&upper), flags)?;
             }
             // Without a writable layer; `Bounded` lets that through only for a read-only root.
-            _ => this.mount_read_only(&lower)?,
+            _ => this.mount_read_only(spec, &lower, flags)?,
         }
         Ok(this)
     }
@@ -111,6 +117,7 @@ impl MountedRootfs {
         spec: &Rootfs,
         lower: &[String],
         upper: Option<&Path>,
+        flags: MsFlags,
     ) -> Result<(), AgentError> {
         let mut options = format!("lowerdir={}", lower.join(":"));
         if let Some(upper) = upper {
@@ -125,15 +132,23 @@ impl MountedRootfs {
             );
         }
         let root = self.root.clone();
-        self.mount_at("overlay", &root, "overlay", MsFlags::empty(), &options)
+        self.mount_at("overlay", &root, "overlay", flags, &options)
     }
 
-    fn mount_read_only(&mut self, lower: &[String]) -> Result<(), AgentError> {
+    fn mount_read_only(&mut self, spec: &Rootfs, lower: &[String], flags: MsFlags) -> Result<(), AgentError> {
         let [only] = lower else {
-            return self.mount_overlay(&Rootfs::default(), lower, None);
+            return self.mount_overlay(spec, lower, None, flags);
         };
         let root = self.root.clone();
-        self.mount_at(only, &root, "", MsFlags::MS_BIND, "")
+        self.mount_at(only, &root, "", MsFlags::MS_BIND, "")?;
+        let flags = flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        mount(None::<&str>, &root, None::<&str>, flags, None::<&str>)
+            .map_err(AgentError::rootfs("making the root read-only"))
+    }
+
+    /// The container's root directory.
+    pub fn open_root(&self) -> Result<fs::File, AgentError> {
+        fs::File::open(&self.root).map_err(|error| AgentError::rootfs("opening the root")(io_errno(&error)))
     }
 
     /// Writes the files the host gives, outside of the root, to be mounted over it.

@@ -20,16 +20,16 @@ use agent_protocol::{
 };
 use nix::{
     errno::Errno,
-    fcntl::{FcntlArg, OFlag, fcntl, open},
+    fcntl::{OFlag, open},
     sys::{
         socket::{Shutdown, setsockopt, shutdown, sockopt},
         stat::Mode,
         time::{TimeVal, TimeValLike as _},
     },
-    unistd::pipe2,
+    unistd::{dup, pipe2},
 };
 
-use crate::{error::AgentError, log::log, vsock};
+use crate::{error::AgentError, log::log, terminal::Terminal, vsock};
 
 /// How long the host may take for the header, and for attaching what it declared.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -133,34 +133,30 @@ pub struct AgentEnds {
 }
 
 /// Makes a process's streams: what it gets as stdin, stdout and stderr, and the agent's ends of them.
-pub fn prepare(process: &Process) -> Result<([OwnedFd; 3], AgentEnds), AgentError> {
-    let null = || open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
+pub fn prepare(
+    process: &Process,
+    terminal: Option<Terminal>,
+) -> Result<([OwnedFd; 3], AgentEnds), AgentError> {
     let mut ends = AgentEnds::default();
-    if process.terminal {
+    if let Some(Terminal { master, peer, .. }) = terminal {
         ends.attach_terminal = process.attach_stdin || process.attach_stdout;
-        let nulls = [null(), null(), null()].map(|fd| fd.map_err(AgentError::setup("opening /dev/null")));
-        let [stdin, stdout, stderr] = nulls;
-        return Ok(([stdin?, stdout?, stderr?], ends));
+        ends.terminal = Some(Arc::new(File::from(master)));
+        let copy = || dup(&peer).map_err(AgentError::setup("duplicating a terminal"));
+        return Ok(([copy()?, copy()?, peer], ends));
     }
-    let pipe = || -> Result<(OwnedFd, OwnedFd), Errno> {
-        let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
-        // A larger pipe means fewer switches between writer and pump; the default still works.
-        let size = i32::try_from(BUFFER_BYTES).unwrap_or(i32::MAX);
-        let _ = fcntl(&write, FcntlArg::F_SETPIPE_SZ(size));
-        Ok((read, write))
-    };
+    let null = || open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
     let output = |attach: bool| -> Result<(OwnedFd, Option<OwnedFd>), Errno> {
         if !attach {
             return Ok((null()?, None));
         }
-        let (read, write) = pipe()?;
+        let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
         Ok((write, Some(read)))
     };
     let (stdout, stdout_end) = output(process.attach_stdout).map_err(AgentError::setup("creating stdout"))?;
     let (stderr, stderr_end) = output(process.attach_stderr).map_err(AgentError::setup("creating stderr"))?;
     (ends.stdout, ends.stderr) = (stdout_end, stderr_end);
     let stdin = if process.attach_stdin {
-        let (read, write) = pipe().map_err(AgentError::setup("creating stdin"))?;
+        let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(AgentError::setup("creating stdin"))?;
         ends.stdin = Some(write);
         read
     } else {
@@ -182,54 +178,77 @@ impl StdinCloser {
     }
 }
 
+/// A process's streams, joined with those that the host attached.
+#[derive(Debug)]
+pub struct Connected {
+    /// (from, to)
+    outputs: Vec<(Arc<File>, Arc<File>)>,
+    /// (from, to)
+    input: Option<(Arc<File>, Arc<File>)>,
+}
+
 impl AgentEnds {
-    /// Joins the ends with the streams the host attached and starts to move bytes.
-    pub fn connect(
+    /// Joins the ends with the streams the host attached. All are taken before the process is made, so that a missing
+    /// one fails the start.
+    pub fn take_streams(
         self,
         streams: &Streams,
         container_id: &str,
         exec_id: &str,
-    ) -> Result<Option<StdinCloser>, AgentError> {
+    ) -> Result<Connected, AgentError> {
         let take = |stream| {
-            streams.take(&StreamHeader {
+            let header = StreamHeader {
                 container_id: container_id.to_owned(),
                 exec_id: exec_id.to_owned(),
                 stream,
-            })
+            };
+            streams.take(&header).map(Arc::new)
         };
-        if self.attach_terminal
-            && let Some(terminal) = self.terminal
-        {
-            let socket = Arc::new(take(Stream::Terminal)?);
-            pump(
-                "terminal output",
-                Arc::clone(&terminal),
-                Arc::clone(&socket),
-                true,
-            )?;
-            pump("terminal input", Arc::clone(&socket), terminal, false)?;
-            return Ok(Some(StdinCloser { socket }));
+        if let Some(terminal) = self.terminal {
+            if !self.attach_terminal {
+                return Ok(Connected {
+                    outputs: Vec::new(),
+                    input: None,
+                });
+            }
+            let socket = take(Stream::Terminal)?;
+            return Ok(Connected {
+                outputs: vec![(Arc::clone(&terminal), Arc::clone(&socket))],
+                input: Some((socket, terminal)),
+            });
         }
-        // All are taken before one is moved, so that a missing one fails the start without losing bytes.
-        let outputs = [(self.stdout, Stream::Stdout), (self.stderr, Stream::Stderr)];
-        let mut connected = Vec::new();
-        for (end, stream) in outputs {
+        let mut outputs = Vec::new();
+        for (end, stream) in [(self.stdout, Stream::Stdout), (self.stderr, Stream::Stderr)] {
             if let Some(end) = end {
-                connected.push((end, Arc::new(take(stream)?)));
+                outputs.push((Arc::new(File::from(end)), take(stream)?));
             }
         }
-        let stdin = match self.stdin {
-            Some(end) => Some((end, Arc::new(take(Stream::Stdin)?))),
+        let input = match self.stdin {
+            Some(end) => Some((take(Stream::Stdin)?, Arc::new(File::from(end)))),
             None => None,
         };
-        for (end, socket) in connected {
-            pump("output", Arc::new(File::from(end)), socket, true)?;
+        Ok(Connected { outputs, input })
+    }
+}
+
+impl Connected {
+    /// What ends the process's stdin.
+    pub fn closer(&self) -> Option<StdinCloser> {
+        let (socket, _) = self.input.as_ref()?;
+        Some(StdinCloser {
+            socket: Arc::clone(socket),
+        })
+    }
+
+    /// Starts to move bytes.
+    pub fn move_bytes(self) -> Result<(), AgentError> {
+        for (from, to) in self.outputs {
+            pump("output", from, to, true)?;
         }
-        let Some((end, socket)) = stdin else {
-            return Ok(None);
-        };
-        pump("input", Arc::clone(&socket), Arc::new(File::from(end)), false)?;
-        Ok(Some(StdinCloser { socket }))
+        match self.input {
+            Some((from, to)) => pump("input", from, to, false),
+            None => Ok(()),
+        }
     }
 }
 

@@ -1,42 +1,92 @@
-#![expect(unsafe_code, reason = "system calls that nix doesn't wrap, and fork")]
+#![expect(unsafe_code, reason = "system calls that nix doesn't wrap, and clone")]
 //! Thin wrappers of the system calls the agent needs and `nix` lacks. Each checks its result, none keeps state.
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
     os::fd::{AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
     path::Path,
 };
 
-use nix::errno::Errno;
+use nix::{errno::Errno, sched::CloneFlags};
 
 fn path_string(path: &Path) -> Result<CString, Errno> {
     use std::os::unix::ffi::OsStrExt as _;
     CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)
 }
 
-/// The two sides of a fork.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fork {
-    /// In the parent.
-    Parent {
-        /// The child's process id, as the parent sees it.
-        child: i32,
-    },
-    /// In the child.
-    Child,
+/// What `clone3` reads: `struct clone_args` up to the control group.
+#[repr(C, align(8))]
+#[derive(Default)]
+struct CloneArguments {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
 }
 
-/// Forks. The child has one thread and may allocate: glibc's `fork` hands its allocator over consistently.
-/// It must take no lock of this program and end by `execve` or [`exit_now`].
-pub fn fork() -> Result<Fork, Errno> {
-    // SAFETY: the callers keep to the rule above; they are `process::child::run` and its own second fork.
-    match Errno::result(unsafe { libc::fork() })? {
-        0 => Ok(Fork::Child),
-        child => Ok(Fork::Parent { child }),
+/// Runs `body` in a new process that borrows this one's memory and stack, born in the control group `cgroup`;
+/// returns its id, once it has executed a program or ended.
+///
+/// Nothing is copied, which is what makes this quick where page tables are shadowed. `namespaces` are those the
+/// process gets for itself.
+///
+/// # Safety
+///
+/// Until `body` has executed a program it writes to this process's memory while other threads run. It must not
+/// panic, must not touch a lock that another thread may hold, and what it allocates or drops is allocated or
+/// dropped here.
+pub unsafe fn clone_vfork(
+    namespaces: CloneFlags,
+    cgroup: BorrowedFd<'_>,
+    body: unsafe extern "C" fn(*mut libc::c_void) -> !,
+    argument: *mut libc::c_void,
+) -> Result<i32, Errno> {
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    let namespaces = u64::from(namespaces.bits().cast_unsigned());
+    let sharing = libc::CLONE_VM | libc::CLONE_VFORK;
+    let arguments = CloneArguments {
+        flags: namespaces | u64::from(sharing.cast_unsigned()) | CLONE_INTO_CGROUP,
+        exit_signal: u64::from(libc::SIGCHLD.unsigned_abs()),
+        cgroup: u64::from(cgroup.as_raw_fd().unsigned_abs()),
+        ..CloneArguments::default()
+    };
+    let result: i64;
+    // SAFETY: the child runs on this stack below the current frame, which it never returns to, while the kernel
+    // keeps this thread from running; when it goes on, its registers are as they were. The rest is the caller's.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, r12",
+            "call r13",
+            "ud2",
+            "2:",
+            inlateout("rax") libc::SYS_clone3 => result,
+            in("rdi") &raw const arguments,
+            in("rsi") size_of::<CloneArguments>(),
+            in("r12") argument,
+            in("r13") body,
+            lateout("rcx") _,
+            lateout("r11") _,
+        );
+    }
+    match i32::try_from(result) {
+        Ok(pid) if pid > 0 => Ok(pid),
+        Ok(negative) => Err(Errno::from_raw(negative.wrapping_neg())),
+        Err(_) => Err(Errno::EOVERFLOW),
     }
 }
 
-/// Ends a forked child without running the parent's exit handlers.
+/// Ends a child without running the parent's exit handlers.
 pub fn exit_now(code: i32) -> ! {
     // SAFETY: `_exit` has no preconditions.
     unsafe { libc::_exit(code) }
@@ -45,10 +95,7 @@ pub fn exit_now(code: i32) -> ! {
 /// A pidfd of a living process.
 pub fn pidfd_open(pid: i32) -> Result<OwnedFd, Errno> {
     // SAFETY: plain integers in, a new descriptor or an error out.
-    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
-    let fd = RawFd::try_from(fd).map_err(|_| Errno::EBADF)?;
-    // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    unsafe { owned(libc::syscall(libc::SYS_pidfd_open, pid, 0)) }
 }
 
 /// Marks all descriptors from `first` on close-on-exec.
@@ -56,32 +103,32 @@ pub fn cloexec_from(first: RawFd) -> Result<(), Errno> {
     close_range(first, libc::CLOSE_RANGE_CLOEXEC)
 }
 
-/// Closes all descriptors from `first` on. Only for a forked child, which owns none of the parent's objects.
-pub fn close_from(first: RawFd) -> Result<(), Errno> {
-    close_range(first, 0)
-}
-
 fn close_range(first: RawFd, flags: u32) -> Result<(), Errno> {
     // SAFETY: plain integers; the callers document which descriptors they give up.
     Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, flags) }).map(drop)
-}
-
-/// A descriptor that this forked child placed at a fixed number and keeps open until it ends.
-pub fn borrow_fd(fd: RawFd) -> BorrowedFd<'static> {
-    // SAFETY: called by the child after `duplicate_to` that number, which it never closes.
-    unsafe { BorrowedFd::borrow_raw(fd) }
 }
 
 /// A detached copy of the mount at `path`, to be attached by [`move_mount`] in another root.
 pub fn open_tree_clone(path: &Path) -> Result<OwnedFd, Errno> {
     let path = path_string(path)?;
     let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
-    // SAFETY: `path` is a NUL-terminated string that outlives the call.
-    let fd =
-        Errno::result(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })?;
-    let fd = RawFd::try_from(fd).map_err(|_| Errno::EBADF)?;
-    // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    // SAFETY: `path` is a NUL-terminated string that outlives the call; a new descriptor or an error comes out.
+    unsafe {
+        owned(libc::syscall(
+            libc::SYS_open_tree,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            flags,
+        ))
+    }
+}
+
+/// Mount attributes of [`detached_mount`].
+pub const MOUNT_NOSUID_NOEXEC: u64 = 0x2 | 0x8;
+
+/// Whether a path is a directory, links followed. Allocates nothing.
+pub fn is_directory(path: &CStr) -> bool {
+    nix::sys::stat::stat(path).is_ok_and(|found| found.st_mode & libc::S_IFMT == libc::S_IFDIR)
 }
 
 /// Attaches a detached mount at `path`.
@@ -154,17 +201,19 @@ pub fn raise_ambient(capability: u32) -> Result<(), Errno> {
     .map(drop)
 }
 
-/// Installs a seccomp filter given as classic BPF instructions.
-pub fn set_seccomp(program: &[u8]) -> Result<(), Errno> {
-    let instructions: Vec<libc::sock_filter> = program
-        .chunks_exact(8)
-        .map(|bytes| libc::sock_filter {
-            code: u16::from_ne_bytes([bytes[0], bytes[1]]),
-            jt: bytes[2],
-            jf: bytes[3],
-            k: u32::from_ne_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
-        })
-        .collect();
+/// Classic BPF instructions from their bytes.
+pub fn bpf_program(bytes: &[u8]) -> Vec<libc::sock_filter> {
+    let instruction = |bytes: &[u8]| libc::sock_filter {
+        code: u16::from_ne_bytes([bytes[0], bytes[1]]),
+        jt: bytes[2],
+        jf: bytes[3],
+        k: u32::from_ne_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
+    };
+    bytes.chunks_exact(8).map(instruction).collect()
+}
+
+/// Installs a seccomp filter.
+pub fn set_seccomp(instructions: &[libc::sock_filter]) -> Result<(), Errno> {
     let filter = libc::sock_fprog {
         len: u16::try_from(instructions.len()).map_err(|_| Errno::EINVAL)?,
         filter: instructions.as_ptr().cast_mut(),
@@ -179,6 +228,56 @@ pub fn set_seccomp(program: &[u8]) -> Result<(), Errno> {
         )
     })
     .map(drop)
+}
+
+/// A new filesystem, mounted nowhere yet; its options are `key=value`, or flags.
+pub fn detached_mount(
+    kind: &CStr,
+    options: &[(&CStr, Option<&CStr>)],
+    attributes: u64,
+) -> Result<OwnedFd, Errno> {
+    const FSCONFIG_SET_FLAG: u32 = 0;
+    const FSCONFIG_SET_STRING: u32 = 1;
+    const FSCONFIG_CMD_CREATE: u32 = 6;
+    const CLOEXEC: u32 = 1;
+    // SAFETY: all strings are NUL-terminated and live across the calls; a new descriptor or an error comes out.
+    unsafe {
+        let context = owned(libc::syscall(libc::SYS_fsopen, kind.as_ptr(), CLOEXEC))?;
+        let configure = |command: u32, key: *const libc::c_char, value: *const libc::c_char| {
+            Errno::result(libc::syscall(
+                libc::SYS_fsconfig,
+                context.as_raw_fd(),
+                command,
+                key,
+                value,
+                0,
+            ))
+        };
+        for (key, value) in options {
+            match value {
+                Some(value) => configure(FSCONFIG_SET_STRING, key.as_ptr(), value.as_ptr())?,
+                None => configure(FSCONFIG_SET_FLAG, key.as_ptr(), std::ptr::null())?,
+            };
+        }
+        configure(FSCONFIG_CMD_CREATE, std::ptr::null(), std::ptr::null())?;
+        owned(libc::syscall(
+            libc::SYS_fsmount,
+            context.as_raw_fd(),
+            CLOEXEC,
+            attributes,
+        ))
+    }
+}
+
+/// Takes over what a system call has returned.
+///
+/// # Safety
+///
+/// It is an error or a descriptor that nobody else owns.
+unsafe fn owned(result: libc::c_long) -> Result<OwnedFd, Errno> {
+    let fd = RawFd::try_from(Errno::result(result)?).map_err(|_| Errno::EBADF)?;
+    // SAFETY: the caller's promise.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Makes a terminal the controlling one of the calling session leader.
@@ -272,18 +371,55 @@ pub fn interface_up(name: &str) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Replaces the program. Returns only on failure.
-pub fn execve(path: &std::ffi::CStr, args: &[CString], env: &[CString]) -> Errno {
-    match nix::unistd::execve(path, args, env) {
-        Ok(never) => match never {},
-        Err(errno) => errno,
+/// Strings as `execve` takes them.
+#[derive(Debug)]
+pub struct StringArray {
+    /// Owns what `pointers` point to; neither is changed after construction.
+    _strings: Vec<CString>,
+    pointers: Vec<*const libc::c_char>,
+}
+
+impl StringArray {
+    /// Keeps the strings and an array of their addresses.
+    pub fn new(strings: Vec<CString>) -> Self {
+        let pointers = strings
+            .iter()
+            .map(|string| string.as_ptr())
+            .chain([std::ptr::null()])
+            .collect();
+        Self {
+            _strings: strings,
+            pointers,
+        }
     }
+}
+
+// SAFETY: the pointers are to heap memory that the value owns and never changes.
+unsafe impl Send for StringArray {}
+
+/// Replaces the program. Returns only on failure; allocates nothing.
+pub fn execve(path: &CStr, args: &StringArray, env: &StringArray) -> Errno {
+    // SAFETY: a NUL-terminated path and two NULL-terminated arrays of such strings, all of which live across the call.
+    unsafe { libc::execve(path.as_ptr(), args.pointers.as_ptr(), env.pointers.as_ptr()) };
+    Errno::last()
 }
 
 /// Sets a resource limit of the calling process.
 pub fn set_rlimit(resource: u32, limit: &libc::rlimit) -> Result<(), Errno> {
     // SAFETY: the limit lives across the call; an unknown resource is an error.
     Errno::result(unsafe { libc::setrlimit(resource, limit) }).map(drop)
+}
+
+/// Sets the calling task's identity, of this task alone: libc's functions of these names change all threads of the
+/// process whose memory it shares, and wait for them.
+pub fn set_identity(uid: u32, gid: u32, groups: &[u32]) -> Result<(), Errno> {
+    // SAFETY: plain integers, and an array that lives across the call with its length.
+    unsafe {
+        Errno::result(libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()))?;
+        Errno::result(libc::syscall(libc::SYS_setresgid, gid, gid, gid))?;
+        Errno::result(libc::syscall(libc::SYS_setresuid, uid, uid, uid))?;
+    }
+    Ok(())
 }
 
 /// Sets how the calling process takes a signal; only to what needs no handler.

@@ -100,15 +100,7 @@ fn resolve_name(spec: &str, passwd: &str, group: &str) -> Result<Identity, Agent
     let home = account.as_ref().map_or("", |account| account.home);
     let home = if home.is_empty() { "/" } else { home }.to_owned();
     if let Some(wanted) = wanted_group {
-        let numeric = wanted.parse::<u32>().ok();
-        let found = groups(group)
-            .find(|group| group.name == wanted)
-            .map(|group| group.gid);
-        let gid = found.or(numeric).ok_or_else(|| AgentError::UnknownUser {
-            what: "group",
-            name: wanted.into(),
-            file: "/etc/group",
-        })?;
+        let gid = group_number(wanted, group)?;
         return Ok(Identity {
             uid,
             gid,
@@ -153,8 +145,30 @@ fn read_beneath(root: impl AsFd, path: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
+/// The numbers of the further groups that a process names.
+fn additional_groups(root: impl AsFd, process: &Process) -> Result<Vec<u32>, AgentError> {
+    if process.additional_groups.is_empty() {
+        return Ok(Vec::new());
+    }
+    let file = read_beneath(root, "etc/group");
+    let number = |wanted: &String| group_number(wanted, &file);
+    process.additional_groups.iter().map(number).collect()
+}
+
+fn group_number(wanted: &str, file: &str) -> Result<u32, AgentError> {
+    let found = groups(file).find(|group| group.name == wanted);
+    found
+        .map(|group| group.gid)
+        .or_else(|| wanted.parse().ok())
+        .ok_or_else(|| AgentError::UnknownUser {
+            what: "group",
+            name: wanted.into(),
+            file: "/etc/group",
+        })
+}
+
 /// The identity a process asks for, looked up beneath the container's root.
-pub fn resolve(root: impl AsFd, process: &Process) -> Result<Identity, AgentError> {
+pub fn resolve(root: impl AsFd + Copy, process: &Process) -> Result<Identity, AgentError> {
     let mut identity = match &process.user {
         Some(process::User::UserIds(ids)) => {
             let passwd = read_beneath(root, "etc/passwd");
@@ -171,18 +185,19 @@ pub fn resolve(root: impl AsFd, process: &Process) -> Result<Identity, AgentErro
             }
         }
         Some(process::User::UserName(name)) => {
-            let passwd = read_beneath(root.as_fd(), "etc/passwd");
+            let passwd = read_beneath(root, "etc/passwd");
             resolve_name(name, &passwd, &read_beneath(root, "etc/group"))?
         }
         _ => resolve_name(
             "",
-            &read_beneath(root.as_fd(), "etc/passwd"),
+            &read_beneath(root, "etc/passwd"),
             &read_beneath(root, "etc/group"),
         )?,
     };
-    for gid in &process.additional_gids {
-        if !identity.groups.contains(gid) {
-            identity.groups.push(*gid);
+    let named = additional_groups(root, process)?;
+    for gid in process.additional_gids.iter().copied().chain(named) {
+        if !identity.groups.contains(&gid) {
+            identity.groups.push(gid);
         }
     }
     Ok(identity)

@@ -1,42 +1,31 @@
-//! What runs between `fork` and `execve`.
+//! What runs between `clone3` and `execve`, in the new process, with the agent's memory.
 //!
-//! Two forks: the intermediate joins the control group and makes or joins the namespaces; its child is in
-//! the PID namespace and becomes the program. The intermediate then exits, so that the process is the
-//! agent's own child and is reaped by it.
-//!
-//! Invariants: one thread; no lock of the agent is taken; it never returns; no descriptor but stdio and
-//! the channel is open when anything of the container can look at the process, and it isn't dumpable then.
+//! Invariants: it never returns and never panics on purpose; it takes no lock of the agent. A process that joins a
+//! container can be killed by it at any instruction, so on that path nothing is allocated or freed: the agent's
+//! allocator can't be left locked. (A container's first process can be killed by nobody before it runs its program.)
+//! Nothing of a container can look into it: the agent isn't dumpable, and who may look nevertheless
+//! (`CAP_SYS_PTRACE`) is never in the container's PID namespace while the memory is shared; see `launch`.
 
 use std::{
     convert::Infallible,
-    ffi::CString,
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+    os::fd::{AsFd as _, OwnedFd},
     path::PathBuf,
 };
 
-use agent_protocol::{CreateContainerRequest, Process};
+use agent_protocol::CreateContainerRequest;
 use nix::{
     errno::Errno,
-    fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open},
     sched::{CloneFlags, setns, unshare},
-    sys::{
-        prctl,
-        signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask},
-        socket::{MsgFlags, recv},
-        stat::{Mode, fstat, makedev},
-    },
-    unistd::{Gid, Uid, fchown, sethostname, setsid, write},
+    sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask},
+    unistd::{sethostname, setsid},
 };
 
 use super::{
-    channel::{self, Failure, Message},
-    credentials,
-    mounts::{self, failed},
+    Credentials, Program,
+    failure::{Failure, failed},
+    mounts,
 };
-use crate::{
-    sys::{self, Fork},
-    user::Identity,
-};
+use crate::sys;
 
 /// Where the process lives.
 #[derive(Debug)]
@@ -47,6 +36,8 @@ pub enum Place {
         root: PathBuf,
         /// Files to mount over it.
         files: Vec<(PathBuf, PathBuf)>,
+        /// Its terminals, not mounted yet.
+        devpts: OwnedFd,
         /// Everything else.
         request: Box<CreateContainerRequest>,
     },
@@ -57,145 +48,112 @@ pub enum Place {
     },
 }
 
-/// Everything a process needs, collected before the fork.
+/// Everything a process needs, collected before it is made.
 #[derive(Debug)]
 pub struct Plan {
     /// Where it lives.
     pub place: Place,
     /// What it runs.
-    pub process: Process,
-    /// As whom.
-    pub identity: Identity,
-    /// `cgroup.procs` of its control group, open for writing.
-    pub cgroup_procs: OwnedFd,
-    /// stdin, stdout, stderr; with a terminal they are the terminal's.
+    pub program: Program,
+    /// As whom, with which rights and limits.
+    pub credentials: Credentials,
+    /// Directory of its control group.
+    pub cgroup: OwnedFd,
+    /// stdin, stdout, stderr.
     pub stdio: [OwnedFd; 3],
+    /// The number of the terminal in the container's devpts that all three are, if they are one.
+    pub terminal: Option<u32>,
 }
 
-/// Number of the channel in the child, after stdio.
-const CHANNEL_FD: i32 = 3;
-
-fn namespaces() -> CloneFlags {
-    CloneFlags::CLONE_NEWNS
-        | CloneFlags::CLONE_NEWPID
-        | CloneFlags::CLONE_NEWIPC
-        | CloneFlags::CLONE_NEWUTS
-        | CloneFlags::CLONE_NEWCGROUP
+/// The namespaces of a container that are made with its first process. Its control group's namespace begins where the
+/// process is when it asks for one, so it asks later.
+pub(super) fn own_namespaces() -> CloneFlags {
+    CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS
 }
 
-/// Becomes the planned process. Called in the forked child.
-pub(super) fn run(plan: &Plan, channel: &OwnedFd) -> ! {
-    // A borrow, as the objects belong to the parent's copy; they are closed by number below.
-    let mut channel = channel.as_fd();
-    let Err(failure) = intermediate(plan, &mut channel);
-    let reported = channel::send(channel, &Message::Failure(failure));
-    sys::exit_now(if reported.is_ok() { 1 } else { 2 })
+/// One try to start a process: what parent and child share.
+#[derive(Debug)]
+pub(super) struct Attempt<'a> {
+    plan: &'a Plan,
+    failure: Option<Failure>,
 }
 
-/// `channel` follows the channel to its new number.
-fn intermediate(plan: &Plan, channel: &mut BorrowedFd<'_>) -> Result<Infallible, Failure> {
-    reset_signals().map_err(failed("resetting signals"))?;
-    prctl::set_dumpable(false).map_err(failed("setting dumpable"))?;
-    write(&plan.cgroup_procs, b"0").map_err(failed("joining the control group"))?;
+impl<'a> Attempt<'a> {
+    pub(super) fn new(plan: &'a Plan) -> Self {
+        Self { plan, failure: None }
+    }
+
+    #[expect(
+        unsafe_code,
+        reason = "makes a process that shares memory until it executes its program"
+    )]
+    pub(super) fn clone_child(&mut self, namespaces: CloneFlags) -> Result<i32, Errno> {
+        // SAFETY: `run` keeps to the rules in this module's comment, and `self` outlives the call.
+        unsafe { sys::clone_vfork(namespaces, self.plan.cgroup.as_fd(), run, (&raw mut *self).cast()) }
+    }
+
+    /// What the child left here.
+    pub(super) fn failure(self) -> Option<Failure> {
+        self.failure
+    }
+}
+
+/// The child's first function.
+#[expect(unsafe_code, reason = "takes the argument that clone_child gave")]
+unsafe extern "C" fn run(argument: *mut libc::c_void) -> ! {
+    // SAFETY: `clone_child` passes an `Attempt` that the suspended parent doesn't touch meanwhile.
+    let attempt = unsafe { &mut *argument.cast::<Attempt<'_>>() };
+    let Err(failure) = become_program(attempt.plan);
+    attempt.failure = Some(failure);
+    sys::exit_now(127)
+}
+
+fn become_program(plan: &Plan) -> Result<Infallible, Failure> {
     match &plan.place {
-        Place::New { .. } => unshare(namespaces()).map_err(failed("creating namespaces"))?,
-        Place::Join { pidfd } => setns(pidfd, namespaces()).map_err(failed("joining the container"))?,
+        Place::New { .. } => unshare(CloneFlags::CLONE_NEWCGROUP).map_err(failed("creating namespaces"))?,
+        Place::Join { pidfd } => setns(
+            pidfd,
+            own_namespaces().difference(CloneFlags::CLONE_NEWPID) | CloneFlags::CLONE_NEWCGROUP,
+        )
+        .map_err(failed("joining the container"))?,
     }
-    place_descriptors(plan, channel).map_err(failed("arranging descriptors"))?;
-    match sys::fork().map_err(failed("fork"))? {
-        Fork::Parent { child } => {
-            let sent = channel::send(*channel, &Message::Pid(child));
-            sys::exit_now(i32::from(sent.is_err()))
+    setsid().map_err(failed("setsid"))?;
+    if let Place::New {
+        root,
+        files,
+        devpts,
+        request,
+    } = &plan.place
+    {
+        sethostname(&request.hostname).map_err(failed("setting the hostname"))?;
+        mounts::enter(root, files, devpts, request)?;
+        if let Some(number) = plan.terminal {
+            mounts::bind_console(number)?;
         }
-        Fork::Child => become_program(plan, *channel),
+        plan.credentials.make_directory();
+        if request.rootfs.read_only {
+            mounts::seal_root()?;
+        }
     }
+    if plan.terminal.is_some() {
+        sys::set_controlling_terminal(plan.stdio[0].as_fd()).map_err(failed("taking the terminal"))?;
+    }
+    place_descriptors(plan).map_err(failed("arranging descriptors"))?;
+    reset_signals().map_err(failed("resetting signals"))?;
+    plan.credentials.apply()?;
+    Err(plan.program.execute())
 }
 
 /// The Rust runtime ignores SIGPIPE; programs expect the default.
 fn reset_signals() -> Result<(), Errno> {
-    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
-    for signal in Signal::iterator().filter(|signal| !matches!(signal, Signal::SIGKILL | Signal::SIGSTOP)) {
-        sys::set_signal(signal, SigHandler::SigDfl)?;
-    }
-    Ok(())
+    sys::set_signal(Signal::SIGPIPE, SigHandler::SigDfl)?;
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)
 }
 
-fn place_descriptors(plan: &Plan, channel: &mut BorrowedFd<'_>) -> Result<(), Errno> {
+/// All descriptors but these three close with `execve`.
+fn place_descriptors(plan: &Plan) -> Result<(), Errno> {
     for (target, fd) in (0..).zip(&plan.stdio) {
         sys::duplicate_to(fd.as_fd(), target)?;
     }
-    if channel.as_raw_fd() != CHANNEL_FD {
-        sys::duplicate_to(*channel, CHANNEL_FD)?;
-        *channel = sys::borrow_fd(CHANNEL_FD);
-    }
-    fcntl(*channel, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
-    sys::close_from(CHANNEL_FD + 1)
-}
-
-fn become_program(plan: &Plan, channel: BorrowedFd<'_>) -> Result<Infallible, Failure> {
-    setsid().map_err(failed("setsid"))?;
-    if let Place::New { root, files, request } = &plan.place {
-        sethostname(&request.hostname).map_err(failed("setting the hostname"))?;
-        mounts::enter(root, files, request)?;
-    }
-    if plan.process.terminal {
-        attach_terminal(plan, channel)?;
-    }
-    if let Place::New { request, .. } = &plan.place
-        && request.rootfs.read_only
-    {
-        mounts::seal_root()?;
-    }
-    let invalid = |_| Errno::EINVAL;
-    let args: Vec<CString> = plan
-        .process
-        .args
-        .iter()
-        .map(|arg| CString::new(arg.as_str()).map_err(invalid))
-        .collect::<Result<_, _>>()
-        .map_err(failed("encoding arguments"))?;
-    let env = credentials::environment(&plan.process, &plan.identity)
-        .map_err(failed("encoding the environment"))?;
-    credentials::apply(&plan.process, &plan.identity)?;
-
-    channel::send(channel, &Message::Ready).map_err(failed("reporting readiness"))?;
-    let mut order = [0; 1];
-    let received = loop {
-        match recv(channel.as_raw_fd(), &mut order, MsgFlags::empty()) {
-            Err(Errno::EINTR) => {}
-            other => break other,
-        }
-    };
-    if received != Ok(1) || order != channel::START {
-        // The agent gave the process up.
-        sys::exit_now(1);
-    }
-    sys::cloexec_from(CHANNEL_FD).map_err(failed("closing descriptors"))?;
-    Err(credentials::execute(&plan.process, &args, &env))
-}
-
-/// Gives the process a terminal of the container's own devpts and its other end to the agent.
-fn attach_terminal(plan: &Plan, channel: BorrowedFd<'_>) -> Result<(), Failure> {
-    let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let master = open("/dev/pts/ptmx", flags, Mode::empty()).map_err(failed("opening /dev/pts/ptmx"))?;
-    let is_ptmx = fstat(&master).is_ok_and(|metadata| metadata.st_rdev == makedev(5, 2));
-    if !is_ptmx {
-        return Err(failed("checking /dev/pts/ptmx")(Errno::ENODEV));
-    }
-    let (terminal, number) = sys::open_terminal_peer(master.as_fd()).map_err(failed("opening a terminal"))?;
-    let (uid, gid) = (Uid::from_raw(plan.identity.uid), Gid::from_raw(plan.identity.gid));
-    fchown(&terminal, Some(uid), Some(gid)).map_err(failed("changing the terminal's owner"))?;
-    if let Some(size) = plan.process.window_size.as_ref() {
-        let clamp = |value: u32| u16::try_from(value).unwrap_or(u16::MAX);
-        sys::set_window_size(terminal.as_fd(), clamp(size.rows), clamp(size.columns))
-            .map_err(failed("setting the terminal's size"))?;
-    }
-    sys::set_controlling_terminal(terminal.as_fd()).map_err(failed("taking the terminal"))?;
-    for target in 0..3 {
-        sys::duplicate_to(terminal.as_fd(), target).map_err(failed("arranging descriptors"))?;
-    }
-    if matches!(plan.place, Place::New { .. }) {
-        mounts::bind_console(&format!("/dev/pts/{number}"))?;
-    }
-    channel::send(channel, &Message::Terminal(master)).map_err(failed("handing the terminal over"))
+    sys::cloexec_from(3)
 }

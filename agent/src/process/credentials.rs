@@ -1,96 +1,153 @@
 //! Limits, identity and capabilities of a process, in the order in which the kernel allows to give them up.
+//!
+//! [`Credentials::apply`] runs in the new process and allocates nothing.
 
-use std::{ffi::CString, fs};
+use std::{
+    ffi::{CStr, CString},
+    fs,
+    os::unix::ffi::OsStrExt as _,
+    path::Path,
+};
 
 use agent_protocol::{Capabilities, Process, limits::CAPABILITY_MASK};
 use nix::{
     errno::Errno,
-    sys::{prctl, stat},
-    unistd::{Gid, Uid, chdir, setgroups, setresgid, setresuid},
+    fcntl::{OFlag, open},
+    sys::{
+        prctl,
+        stat::{self, Mode},
+    },
+    unistd::{chdir, write},
 };
 
-use super::{
-    channel::{Failure, FailureKind},
-    mounts::failed,
-};
+use super::failure::{Failure, FailureKind, failed};
 use crate::{sys, user::Identity};
 
-/// Applies everything up to, and without, `execve`.
-pub(super) fn apply(process: &Process, identity: &Identity) -> Result<(), Failure> {
-    set_rlimits(process)?;
-    if let Some(adjustment) = process.oom_score_adj {
-        fs::write("/proc/self/oom_score_adj", adjustment.to_string())
-            .map_err(|error| failed("setting oom_score_adj")(io_errno(&error)))?;
+/// Who a process is and what it may do.
+#[derive(Debug)]
+pub struct Credentials {
+    rlimits: Vec<(u32, libc::rlimit)>,
+    oom_score_adj: Option<Vec<u8>>,
+    seccomp: Vec<Vec<libc::sock_filter>>,
+    no_new_privileges: bool,
+    capabilities: Capabilities,
+    uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
+    cwd: CString,
+    umask: Mode,
+}
+
+impl Credentials {
+    /// What a process asks for, and who it turned out to be.
+    pub fn new(process: &Process, identity: &Identity) -> Result<Self, Errno> {
+        let rlimit = |limit: &agent_protocol::Rlimit| {
+            (
+                limit.resource,
+                libc::rlimit {
+                    rlim_cur: limit.soft,
+                    rlim_max: limit.hard,
+                },
+            )
+        };
+        Ok(Self {
+            rlimits: process.rlimits.iter().map(rlimit).collect(),
+            oom_score_adj: process.oom_score_adj.map(|value| value.to_string().into_bytes()),
+            seccomp: process
+                .seccomp_programs
+                .iter()
+                .map(|program| sys::bpf_program(program))
+                .collect(),
+            no_new_privileges: process.no_new_privileges,
+            capabilities: wanted_capabilities(process, identity),
+            uid: identity.uid,
+            gid: identity.gid,
+            groups: identity.groups.clone(),
+            cwd: CString::new(process.cwd.as_str()).map_err(|_| Errno::EINVAL)?,
+            umask: Mode::from_bits_truncate(process.umask.unwrap_or(0o022)),
+        })
     }
-    let seccomp = &process.seccomp_program;
-    if !seccomp.is_empty() && !process.no_new_privileges {
-        // Needs CAP_SYS_ADMIN, which is about to go.
-        sys::set_seccomp(seccomp).map_err(failed("installing the seccomp filter"))?;
+
+    /// The working directory.
+    pub fn cwd(&self) -> &str {
+        self.cwd.to_str().unwrap_or_default()
     }
-    let wanted = wanted_capabilities(process, identity);
-    for capability in 0..CAPABILITY_MASK.count_ones() {
-        if wanted.bounding & (1 << capability) == 0 {
-            match sys::drop_bounding(capability) {
-                // A capability that this kernel doesn't know.
-                Ok(()) | Err(Errno::EINVAL) => {}
-                Err(errno) => return Err(failed("dropping capabilities")(errno)),
+
+    /// Creates the working directory of a container's first process, as docker does; what fails, fails to be entered.
+    pub(super) fn make_directory(&self) {
+        let path = Path::new(std::ffi::OsStr::from_bytes(self.cwd.to_bytes()));
+        if !path.exists() {
+            drop(fs::create_dir_all(path));
+        }
+    }
+
+    /// Applies everything up to, and without, `execve`.
+    pub(super) fn apply(&self) -> Result<(), Failure> {
+        for (resource, limit) in &self.rlimits {
+            sys::set_rlimit(*resource, limit).map_err(failed("setting a resource limit"))?;
+        }
+        if let Some(value) = &self.oom_score_adj {
+            set_oom_score(value).map_err(failed("setting oom_score_adj"))?;
+        }
+        if !self.no_new_privileges {
+            // Needs CAP_SYS_ADMIN, which is about to go.
+            self.install_seccomp()?;
+        }
+        for capability in 0..CAPABILITY_MASK.count_ones() {
+            if self.capabilities.bounding & (1 << capability) == 0 {
+                match sys::drop_bounding(capability) {
+                    // A capability that this kernel doesn't know.
+                    Ok(()) | Err(Errno::EINVAL) => {}
+                    Err(errno) => return Err(failed("dropping capabilities")(errno)),
+                }
             }
         }
+        self.become_user()?;
+        let Capabilities {
+            effective,
+            permitted,
+            inheritable,
+            ambient,
+            ..
+        } = self.capabilities;
+        sys::set_capabilities(effective, permitted, inheritable).map_err(failed("setting capabilities"))?;
+        for capability in 0..CAPABILITY_MASK.count_ones() {
+            if ambient & (1 << capability) != 0 {
+                sys::raise_ambient(capability).map_err(failed("raising ambient capabilities"))?;
+            }
+        }
+        stat::umask(self.umask);
+        if self.no_new_privileges {
+            prctl::set_no_new_privs().map_err(failed("setting no_new_privs"))?;
+            self.install_seccomp()?;
+        }
+        Ok(())
     }
-    // Once as root, because the directory may be closed to the user, as docker and runc do.
-    let entered = enter_directory(&process.cwd);
-    prctl::set_keepcaps(true).map_err(failed("keeping capabilities"))?;
-    set_identity(identity)?;
-    enter_directory(&process.cwd)
-        .or(entered)
-        .map_err(|errno| Failure {
+
+    fn install_seccomp(&self) -> Result<(), Failure> {
+        self.seccomp
+            .iter()
+            .try_for_each(|program| sys::set_seccomp(program))
+            .map_err(failed("installing the seccomp filter"))
+    }
+
+    fn become_user(&self) -> Result<(), Failure> {
+        // Once as root, because the directory may be closed to the user, as docker and runc do.
+        let entered = chdir(self.cwd.as_c_str());
+        prctl::set_keepcaps(true).map_err(failed("keeping capabilities"))?;
+        sys::set_identity(self.uid, self.gid, &self.groups).map_err(failed("setting user and groups"))?;
+        chdir(self.cwd.as_c_str()).or(entered).map_err(|errno| Failure {
             kind: FailureKind::WorkingDirectory,
-            subject: process.cwd.clone(),
-            errno,
+            ..failed("")(errno)
         })?;
-    prctl::set_keepcaps(false).map_err(failed("clearing keepcaps"))?;
-    sys::set_capabilities(wanted.effective, wanted.permitted, wanted.inheritable)
-        .map_err(failed("setting capabilities"))?;
-    for capability in 0..CAPABILITY_MASK.count_ones() {
-        if wanted.ambient & (1 << capability) != 0 {
-            sys::raise_ambient(capability).map_err(failed("raising ambient capabilities"))?;
-        }
-    }
-    let mask = stat::Mode::from_bits_truncate(process.umask.unwrap_or(0o022));
-    stat::umask(mask);
-    if process.no_new_privileges {
-        prctl::set_no_new_privs().map_err(failed("setting no_new_privs"))?;
-        if !seccomp.is_empty() {
-            sys::set_seccomp(seccomp).map_err(failed("installing the seccomp filter"))?;
-        }
-    }
-    Ok(())
-}
-
-fn io_errno(error: &std::io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
-}
-
-fn enter_directory(cwd: &str) -> Result<(), Errno> {
-    match chdir(cwd) {
-        Err(Errno::ENOENT) => {
-            fs::create_dir_all(cwd).map_err(|error| io_errno(&error))?;
-            chdir(cwd)
-        }
-        result => result,
+        prctl::set_keepcaps(false).map_err(failed("clearing keepcaps"))
     }
 }
 
-fn set_rlimits(process: &Process) -> Result<(), Failure> {
-    for rlimit in &process.rlimits {
-        let limit = libc::rlimit {
-            rlim_cur: rlimit.soft,
-            rlim_max: rlimit.hard,
-        };
-        sys::set_rlimit(rlimit.resource, &limit)
-            .map_err(failed(format!("setting resource limit {}", rlimit.resource)))?;
-    }
-    Ok(())
+fn set_oom_score(value: &[u8]) -> Result<(), Errno> {
+    const PATH: &CStr = c"/proc/self/oom_score_adj";
+    let file = open(PATH, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    write(&file, value).map(drop)
 }
 
 /// What is left of the requested sets for this user.
@@ -100,73 +157,6 @@ fn wanted_capabilities(process: &Process, identity: &Identity) -> Capabilities {
         (wanted.effective, wanted.permitted) = (wanted.ambient, wanted.ambient);
     }
     wanted
-}
-
-fn set_identity(identity: &Identity) -> Result<(), Failure> {
-    let (uid, gid) = (Uid::from_raw(identity.uid), Gid::from_raw(identity.gid));
-    let groups: Vec<Gid> = identity.groups.iter().copied().map(Gid::from_raw).collect();
-    setgroups(&groups).map_err(failed("setting supplementary groups"))?;
-    setresgid(gid, gid, gid).map_err(failed("setting the group"))?;
-    setresuid(uid, uid, uid).map_err(failed("setting the user"))
-}
-
-/// The environment, with a HOME where the image gives none.
-pub(super) fn environment(process: &Process, identity: &Identity) -> Result<Vec<CString>, Errno> {
-    let mut env: Vec<CString> = process
-        .env
-        .iter()
-        .map(|entry| CString::new(entry.as_str()).map_err(|_| Errno::EINVAL))
-        .collect::<Result<_, _>>()?;
-    if !process.env.iter().any(|entry| entry.starts_with("HOME=")) {
-        env.push(CString::new(format!("HOME={}", identity.home)).map_err(|_| Errno::EINVAL)?);
-    }
-    Ok(env)
-}
-
-/// Executes the program, searching PATH as `execvp` does. Returns only on failure.
-pub(super) fn execute(process: &Process, args: &[CString], env: &[CString]) -> Failure {
-    let command = process.args.first().map_or("", String::as_str);
-    let fail = |errno| Failure {
-        kind: FailureKind::Exec,
-        subject: command.to_owned(),
-        errno,
-    };
-    if command.contains('/') {
-        let Ok(path) = CString::new(command) else {
-            return fail(Errno::EINVAL);
-        };
-        return fail(if is_directory(command) {
-            Errno::EACCES
-        } else {
-            sys::execve(&path, args, env)
-        });
-    }
-    let search = process.env.iter().find_map(|entry| entry.strip_prefix("PATH="));
-    let mut result = Errno::ENOENT;
-    for dir in search
-        .unwrap_or("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-        .split(':')
-    {
-        let dir = if dir.is_empty() { "." } else { dir };
-        let candidate = format!("{dir}/{command}");
-        if is_directory(&candidate) {
-            continue;
-        }
-        let Ok(path) = CString::new(candidate) else {
-            continue;
-        };
-        match sys::execve(&path, args, env) {
-            Errno::ENOENT | Errno::ENOTDIR => {}
-            // Found, and not to be executed: a later directory may still have one that can be.
-            Errno::EACCES => result = Errno::EACCES,
-            other => return fail(other),
-        }
-    }
-    fail(result)
-}
-
-fn is_directory(path: &str) -> bool {
-    fs::metadata(path).is_ok_and(|metadata| metadata.is_dir())
 }
 
 #[cfg(test)]
@@ -198,17 +188,5 @@ mod tests {
         let left = wanted_capabilities(&process, &identity(1000));
         assert_eq!((left.bounding, left.effective, left.permitted), (7, 0, 0));
         assert_eq!(wanted_capabilities(&process, &identity(0)).effective, 7);
-    }
-
-    #[test]
-    fn home_is_added_unless_given() {
-        let mut process = Process {
-            env: vec!["A=b".into()],
-            ..Process::default()
-        };
-        let env = environment(&process, &identity(1)).unwrap();
-        assert!(env.contains(&CString::new("HOME=/home/x").unwrap()));
-        process.env.push("HOME=/other".into());
-        assert_eq!(environment(&process, &identity(1)).unwrap().len(), 2);
     }
 }

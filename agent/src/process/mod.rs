@@ -1,89 +1,63 @@
-//! Makes processes: everything from a request to a running program. `child` has the part after the fork.
+//! Makes processes: everything from a request to a running program. `child` has the part in the new process.
+//!
+//! A process is made by one `clone3` that copies nothing: the child borrows the agent's memory, with the calling
+//! thread suspended, until it executes its program. So its failure needs no channel: it is a value in shared memory.
+//! An exec's process must be born in the container's PID namespace; for that moment, the calling thread has it as the
+//! namespace of its children.
 
-mod channel;
 mod child;
 mod credentials;
+mod failure;
 mod mounts;
+mod program;
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
-use nix::sys::socket::{MsgFlags, send};
+use nix::{
+    errno::Errno,
+    sched::{CloneFlags, setns},
+};
 
 pub use child::{Place, Plan};
+pub use credentials::Credentials;
+pub use program::Program;
 
-use crate::{
-    error::AgentError,
-    sys::{self, Fork},
-};
-use channel::Message;
+use crate::{error::AgentError, log::log};
+use child::Attempt;
 
-/// A process that is being set up, or waits to be started.
-#[derive(Debug)]
-pub struct Setup {
-    channel: OwnedFd,
-    terminal: Option<OwnedFd>,
-    ready: bool,
-}
-
-/// Forks the planned process and returns as soon as its process id is known.
+/// Starts the planned process; returns its id once it runs its program.
 ///
-/// The caller holds the lock that the reaper takes, so that the process can't be reaped before it is known.
-pub fn spawn(plan: &Plan) -> Result<(i32, Setup), AgentError> {
-    let (ours, theirs) = channel::pair().map_err(AgentError::setup("creating the setup channel"))?;
-    match sys::fork().map_err(AgentError::setup("fork"))? {
-        Fork::Child => child::run(plan, &theirs),
-        Fork::Parent { .. } => drop(theirs),
-    }
-    let mut setup = Setup {
-        channel: ours,
-        terminal: None,
-        ready: false,
-    };
-    loop {
-        match setup.receive()? {
-            Some(Message::Pid(pid)) => return Ok((pid, setup)),
-            // The process may be quicker than the intermediate, which tells its id.
-            Some(message) => setup.note(message)?,
-            None => return Err(AgentError::SetupDied),
+/// The process may be reaped before this returns.
+pub fn launch(plan: &Plan) -> Result<i32, AgentError> {
+    let mut attempt = Attempt::new(plan);
+    let cloned = match &plan.place {
+        Place::New { .. } => attempt.clone_child(child::own_namespaces()),
+        Place::Join { pidfd } => {
+            let own = own_pid_namespace().map_err(AgentError::setup("opening the agent's PID namespace"))?;
+            setns(pidfd, CloneFlags::CLONE_NEWPID).map_err(AgentError::setup("joining the container"))?;
+            let cloned = attempt.clone_child(CloneFlags::empty());
+            if let Err(errno) = setns(own.as_fd(), CloneFlags::CLONE_NEWPID) {
+                // This thread could only make processes in the container from now on.
+                log!("leaving the container's PID namespace: {errno}");
+                std::process::abort();
+            }
+            cloned
         }
+    };
+    match (attempt.failure(), cloned) {
+        (Some(failure), _) => Err(failure.explain(plan.program.command(), plan.credentials.cwd())),
+        (None, cloned) => cloned.map_err(AgentError::setup("clone")),
     }
 }
 
-impl Setup {
-    fn receive(&self) -> Result<Option<Message>, AgentError> {
-        channel::receive(self.channel.as_fd()).map_err(AgentError::setup("reading the setup channel"))
-    }
-
-    fn note(&mut self, message: Message) -> Result<(), AgentError> {
-        match message {
-            Message::Failure(failure) => return Err(failure.into()),
-            Message::Terminal(terminal) => self.terminal = Some(terminal),
-            Message::Ready => self.ready = true,
-            Message::Pid(_) => {}
-        }
-        Ok(())
-    }
-
-    /// Waits until the process is set up, and takes its terminal if it has one.
-    pub fn finish(&mut self) -> Result<Option<OwnedFd>, AgentError> {
-        while !self.ready {
-            match self.receive()? {
-                Some(message) => self.note(message)?,
-                None => return Err(AgentError::SetupDied),
-            }
-        }
-        Ok(self.terminal.take())
-    }
-
-    /// Lets the process execute its program; returns when it does, or why it doesn't.
-    pub fn start(self) -> Result<(), AgentError> {
-        use std::os::fd::AsRawFd as _;
-        send(self.channel.as_raw_fd(), channel::START, MsgFlags::MSG_NOSIGNAL)
-            .map_err(|_| AgentError::SetupDied)?;
-        match self.receive()? {
-            None => Ok(()),
-            Some(Message::Failure(failure)) => Err(failure.into()),
-            Some(_) => Err(AgentError::SetupDied),
-        }
-    }
+fn own_pid_namespace() -> Result<OwnedFd, Errno> {
+    use nix::{
+        fcntl::{OFlag, open},
+        sys::stat::Mode,
+    };
+    open(
+        "/proc/self/ns/pid",
+        OFlag::O_RDONLY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
 }

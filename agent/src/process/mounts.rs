@@ -1,13 +1,17 @@
 //! The container's own view of the filesystem, made by its first process in its new mount namespace.
 //!
-//! Invariant: mount points are resolved only after `pivot_root`, when no path leads out of the container's
-//! root any more; sources outside of it were opened before as detached mounts.
+//! Invariants:
+//! - Mount points are resolved only after `pivot_root`, when no path leads out of the container's root any more;
+//!   sources outside of it were opened before as detached mounts.
+//! - Unless the container is given all devices, no filesystem on which it can make a node opens one: everything is
+//!   mounted `nodev`, and the devices it has are nodes of a filesystem of their own, mounted one by one where they are
+//!   seen. A node of the microVM's disks can be made or be part of the image, and opens nothing.
 
 use std::{
     fs,
     os::{
         fd::{AsFd as _, OwnedFd},
-        unix::fs::{PermissionsExt as _, chown, symlink},
+        unix::fs::symlink,
     },
     path::{Path, PathBuf},
 };
@@ -15,15 +19,16 @@ use std::{
 use agent_protocol::{CreateContainerRequest, Device, Mount};
 use nix::{
     errno::Errno,
+    fcntl::AT_FDCWD,
     mount::{MntFlags, MsFlags, mount, umount2},
     sys::{
-        stat::{Mode, SFlag, makedev, mknod},
+        stat::{FchmodatFlags, Mode, SFlag, fchmodat, makedev, mknod, stat},
         statvfs::{FsFlags, statvfs},
     },
-    unistd::{chdir, pivot_root},
+    unistd::{Gid, Uid, chdir, chown, pivot_root},
 };
 
-use super::channel::{Failure, FailureKind};
+use super::failure::{Failure, failed};
 use crate::sys;
 
 /// Devices every container has, as the OCI runtime specification lists them: (path, major, minor).
@@ -43,14 +48,6 @@ const DEFAULT_LINKS: [(&str, &str); 5] = [
     ("pts/ptmx", "/dev/ptmx"),
 ];
 
-pub(super) fn failed(step: impl Into<String>) -> impl FnOnce(Errno) -> Failure {
-    move |errno| Failure {
-        kind: FailureKind::Setup,
-        subject: step.into(),
-        errno,
-    }
-}
-
 fn io_failed(step: String) -> impl FnOnce(std::io::Error) -> Failure {
     move |error| failed(step)(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
 }
@@ -59,6 +56,7 @@ fn io_failed(step: String) -> impl FnOnce(std::io::Error) -> Failure {
 pub(super) fn enter(
     root: &Path,
     files: &[(PathBuf, PathBuf)],
+    devpts: &OwnedFd,
     request: &CreateContainerRequest,
 ) -> Result<(), Failure> {
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
@@ -69,18 +67,36 @@ pub(super) fn enter(
         .collect::<Result<Vec<_>, Errno>>()
         .map_err(failed("opening files of the host"))?;
 
+    let mut devices = request
+        .devices
+        .iter()
+        .map(resolve_device)
+        .collect::<Result<Vec<_>, _>>()?;
+    if request.all_devices {
+        collect_devices(Path::new("/dev"), &mut devices);
+    }
+    let devices = make_devices(devices)?;
+
     chdir(root).map_err(failed("entering the root filesystem"))?;
     pivot_root(".", ".").map_err(failed("pivot_root"))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(failed("detaching the microVM's root"))?;
     chdir("/").map_err(failed("entering the new root"))?;
 
+    let mut terminals = Some(devpts);
     for entry in &request.mounts {
-        mount_one(entry).map_err(failed(format!(
+        let mounted = match entry.type_.as_str() {
+            "devpts" => terminals.take().map_or(Err(Errno::EBUSY), |devpts| {
+                make_mount_point(Path::new(&entry.destination), false)?;
+                sys::move_mount(devpts.as_fd(), Path::new(&entry.destination))
+            }),
+            _ => mount_one(entry, request.all_devices),
+        };
+        mounted.map_err(failed(format!(
             "mounting {} at {}",
             entry.type_, entry.destination
         )))?;
     }
-    populate_dev(&request.devices)?;
+    populate_dev(&devices)?;
     for (tree, target) in &trees {
         mount_file(tree, target).map_err(failed(format!("mounting {}", target.display())))?;
     }
@@ -145,9 +161,12 @@ fn parse_options(options: &[String]) -> (MsFlags, MsFlags, String) {
     (flags, propagation, data.join(","))
 }
 
-fn mount_one(entry: &Mount) -> Result<(), Errno> {
+fn mount_one(entry: &Mount, all_devices: bool) -> Result<(), Errno> {
     let target = Path::new(&entry.destination);
-    let (flags, propagation, data) = parse_options(&entry.options);
+    let (mut flags, propagation, data) = parse_options(&entry.options);
+    if !all_devices {
+        flags |= MsFlags::MS_NODEV;
+    }
     let kernel_view = matches!(entry.type_.as_str(), "proc" | "sysfs" | "cgroup" | "cgroup2");
     if kernel_view && target.is_symlink() {
         // An image that links /proc elsewhere could make what is masked there reachable.
@@ -199,11 +218,124 @@ fn mount_file(tree: &OwnedFd, target: &Path) -> Result<(), Errno> {
     sys::move_mount(tree.as_fd(), target)
 }
 
-/// Creates the default devices and links in a fresh /dev. Where the caller mounted its own, both are there already.
-fn populate_dev(devices: &[Device]) -> Result<(), Failure> {
-    for (path, major, minor) in DEFAULT_DEVICES {
-        make_device(path, SFlag::S_IFCHR, 0o666, makedev(major, minor))
-            .map_err(failed(format!("creating {path}")))?;
+/// A device to show: where, what and with which mode and owner.
+struct Node {
+    path: String,
+    kind: SFlag,
+    number: u64,
+    mode: Mode,
+    uid: u32,
+    gid: u32,
+}
+
+/// A device as the request describes it; the number of one that is named by its path in the microVM is looked up.
+/// Called while that path can be seen.
+fn resolve_device(device: &Device) -> Result<Node, Failure> {
+    let (kind, number) = if device.source.is_empty() {
+        let kind = if device.block {
+            SFlag::S_IFBLK
+        } else {
+            SFlag::S_IFCHR
+        };
+        (kind, makedev(u64::from(device.major), u64::from(device.minor)))
+    } else {
+        let found = stat(device.source.as_str())
+            .map_err(failed(format!("looking for the device {}", device.source)))?;
+        let kind = SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT;
+        // Its disks are the microVM's own.
+        if kind != SFlag::S_IFCHR {
+            return Err(failed(format!("the device {}", device.source))(Errno::ENODEV));
+        }
+        (kind, found.st_rdev)
+    };
+    Ok(Node {
+        path: device.path.clone(),
+        kind,
+        number,
+        mode: Mode::from_bits_truncate(if device.mode == 0 {
+            0o666
+        } else {
+            device.mode & 0o7777
+        }),
+        uid: device.uid,
+        gid: device.gid,
+    })
+}
+
+/// Every device of the microVM that isn't there anyway.
+fn collect_devices(dir: &Path, devices: &mut Vec<Node>) {
+    use std::os::unix::fs::MetadataExt as _;
+    const ELSEWHERE: [&str; 6] = ["pts", "shm", "mqueue", "ptmx", "console", "hugepages"];
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let Ok(metadata) = fs::symlink_metadata(&path) else {
+            continue;
+        };
+        let (Some(text), name) = (path.to_str(), entry.file_name()) else {
+            continue;
+        };
+        let known = DEFAULT_DEVICES.iter().any(|(known, ..)| *known == text);
+        if known || ELSEWHERE.iter().any(|other| name == *other) {
+            continue;
+        }
+        let kind = SFlag::from_bits_truncate(metadata.mode()) & SFlag::S_IFMT;
+        if kind == SFlag::S_IFDIR {
+            collect_devices(&path, devices);
+        } else if kind == SFlag::S_IFCHR || kind == SFlag::S_IFBLK {
+            devices.push(Node {
+                path: text.to_owned(),
+                kind,
+                number: metadata.rdev(),
+                mode: Mode::from_bits_truncate(metadata.mode()),
+                uid: metadata.uid(),
+                gid: metadata.gid(),
+            });
+        }
+    }
+}
+
+fn default_devices() -> impl Iterator<Item = Node> {
+    DEFAULT_DEVICES.into_iter().map(|(path, major, minor)| Node {
+        path: path.to_owned(),
+        kind: SFlag::S_IFCHR,
+        number: makedev(major, minor),
+        mode: Mode::from_bits_truncate(0o666),
+        uid: 0,
+        gid: 0,
+    })
+}
+
+/// Makes the devices, the default ones first, each as a detached mount. Called before `pivot_root`: a mount can be
+/// copied only from where it is attached.
+fn make_devices(further: Vec<Node>) -> Result<Vec<(OwnedFd, String)>, Failure> {
+    const PLACE: &str = "/tmp";
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    mount(Some("devices"), PLACE, Some("tmpfs"), flags, Some("mode=0755"))
+        .map_err(failed("mounting a filesystem for devices"))?;
+    let make = |(index, node): (usize, Node)| {
+        let path = format!("{PLACE}/{index}");
+        make_node(&path, &node)
+            .and_then(|()| sys::open_tree_clone(Path::new(&path)))
+            .map_err(failed(format!("creating {}", node.path)))
+            .map(|tree| (tree, node.path))
+    };
+    default_devices().chain(further).enumerate().map(make).collect()
+}
+
+fn make_node(path: &str, node: &Node) -> Result<(), Errno> {
+    mknod(path, node.kind, node.mode, node.number)?;
+    // `mknod` applies the umask.
+    fchmodat(AT_FDCWD, path, node.mode, FchmodatFlags::FollowSymlink)?;
+    if (node.uid, node.gid) == (0, 0) {
+        return Ok(());
+    }
+    chown(path, Some(Uid::from_raw(node.uid)), Some(Gid::from_raw(node.gid)))
+}
+
+/// Puts the devices and the usual links into a fresh /dev.
+fn populate_dev(devices: &[(OwnedFd, String)]) -> Result<(), Failure> {
+    for (tree, path) in devices {
+        mount_file(tree, Path::new(path)).map_err(failed(format!("creating {path}")))?;
     }
     for (target, link) in DEFAULT_LINKS {
         match symlink(target, link) {
@@ -213,36 +345,7 @@ fn populate_dev(devices: &[Device]) -> Result<(), Failure> {
             _ => {}
         }
     }
-    for device in devices {
-        let kind = if device.block {
-            SFlag::S_IFBLK
-        } else {
-            SFlag::S_IFCHR
-        };
-        let number = makedev(u64::from(device.major), u64::from(device.minor));
-        let mode = if device.mode == 0 {
-            0o666
-        } else {
-            device.mode & 0o7777
-        };
-        make_device(&device.path, kind, mode, number).map_err(failed(format!("creating {}", device.path)))?;
-        chown(&device.path, Some(device.uid), Some(device.gid))
-            .map_err(io_failed(format!("changing the owner of {}", device.path)))?;
-    }
     Ok(())
-}
-
-fn make_device(path: &str, kind: SFlag, mode: u32, number: u64) -> Result<(), Errno> {
-    if let Some(parent) = Path::new(path).parent() {
-        make_mount_point(parent, false)?;
-    }
-    match mknod(path, kind, Mode::from_bits_truncate(mode), number) {
-        Ok(()) => {}
-        Err(Errno::EEXIST) => return Ok(()),
-        Err(errno) => return Err(errno),
-    }
-    fs::set_permissions(path, fs::Permissions::from_mode(mode))
-        .map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
 }
 
 fn set_sysctls(request: &CreateContainerRequest) -> Result<(), Failure> {
@@ -307,11 +410,11 @@ fn is_null_device() -> bool {
 }
 
 /// Shows a container's terminal as its console.
-pub(super) fn bind_console(terminal: &str) -> Result<(), Failure> {
+pub(super) fn bind_console(terminal: u32) -> Result<(), Failure> {
     make_mount_point(Path::new("/dev/console"), true)
         .and_then(|()| {
             mount(
-                Some(terminal),
+                Some(format!("/dev/pts/{terminal}").as_str()),
                 "/dev/console",
                 None::<&str>,
                 MsFlags::MS_BIND,

@@ -71,7 +71,7 @@ impl Connection {
                 responder.succeed(&Empty::default());
             }
             CreateExec::NAME => {
-                containers.create_exec(decode_as::<CreateExec>(request)?)?;
+                containers.create_exec(&decode_as::<CreateExec>(request)?)?;
                 responder.succeed(&Empty::default());
             }
             StartProcess::NAME => {

@@ -1,0 +1,69 @@
+//! A container's terminals: a devpts of its own, opened by the descriptor of its mount.
+//!
+//! Invariant: no path that a container could have changed is followed to reach a terminal.
+
+use std::{
+    ffi::CString,
+    os::fd::{AsFd as _, OwnedFd},
+};
+
+use agent_protocol::{Mount, Process};
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, openat},
+    sys::stat::Mode,
+    unistd::{Uid, fchown},
+};
+
+use crate::{error::AgentError, sys, user::Identity};
+
+/// Both ends of a terminal.
+#[derive(Debug)]
+pub struct Terminal {
+    /// The agent's.
+    pub master: OwnedFd,
+    /// The process's.
+    pub peer: OwnedFd,
+    /// Its name below /dev/pts.
+    pub number: u32,
+}
+
+/// Makes the devpts that the container's mounts ask for, mounted nowhere yet.
+pub fn make_devpts(mounts: &[Mount]) -> Result<OwnedFd, AgentError> {
+    let asked = mounts.iter().find(|mount| mount.type_ == "devpts");
+    let encode = |text: &str| CString::new(text).map_err(|_| Errno::EINVAL);
+    // The others are flags of the mount, which is always made nosuid and noexec; and each is a new instance.
+    let pairs = asked
+        .iter()
+        .flat_map(|mount| &mount.options)
+        .filter_map(|option| option.split_once('='))
+        .map(|(key, value)| Ok((encode(key)?, encode(value)?)))
+        .collect::<Result<Vec<_>, Errno>>();
+    pairs
+        .and_then(|pairs| {
+            let options: Vec<_> = pairs
+                .iter()
+                .map(|(key, value)| (key.as_c_str(), Some(value.as_c_str())))
+                .collect();
+            sys::detached_mount(c"devpts", &options, sys::MOUNT_NOSUID_NOEXEC)
+        })
+        .map_err(AgentError::setup("making the container's devpts"))
+}
+
+/// Opens a new terminal for a process.
+pub fn open(devpts: &OwnedFd, process: &Process, identity: &Identity) -> Result<Terminal, AgentError> {
+    let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+    let master =
+        openat(devpts, "ptmx", flags, Mode::empty()).map_err(AgentError::setup("opening a terminal"))?;
+    let (peer, number) =
+        sys::open_terminal_peer(master.as_fd()).map_err(AgentError::setup("opening a terminal's peer"))?;
+    // Its group stays the one that devpts gives it.
+    fchown(&peer, Some(Uid::from_raw(identity.uid)), None)
+        .map_err(AgentError::setup("changing the terminal's owner"))?;
+    if let Some(size) = process.window_size.as_ref() {
+        let clamp = |value: u32| u16::try_from(value).unwrap_or(u16::MAX);
+        sys::set_window_size(peer.as_fd(), clamp(size.rows), clamp(size.columns))
+            .map_err(AgentError::setup("setting the terminal's size"))?;
+    }
+    Ok(Terminal { master, peer, number })
+}
