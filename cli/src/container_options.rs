@@ -1,11 +1,12 @@
 //! What `run` and `create` say about a container, and the specification made of it.
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{collections::BTreeMap, fs, io::Write as _, path::PathBuf};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
 use sandbox::{
-    ContainerSpec, Directories, ProcessSpec, SandboxError, log_driver::LogConfig, rootfs::RootfsSpec,
+    ContainerSpec, Directories, ProcessSpec, SandboxError, SandboxId, log_driver::LogConfig,
+    rootfs::RootfsSpec,
 };
 
 use crate::{image, signal_name, terminal};
@@ -145,6 +146,22 @@ fn parse_cpus(text: &str) -> Result<Cpus, String> {
     Ok(Cpus { vcpus })
 }
 
+/// Where `--cidfile` puts the id: made before the container, so that a file in the way stops nothing half-way.
+#[derive(Debug)]
+pub struct IdFile {
+    path: PathBuf,
+    file: fs::File,
+}
+
+impl IdFile {
+    /// Writes the id.
+    pub fn write(mut self, id: &SandboxId) -> anyhow::Result<()> {
+        self.file
+            .write_all(id.as_str().as_bytes())
+            .with_context(|| format!("--cidfile {}", self.path.display()))
+    }
+}
+
 /// Reads variables as docker does: comments and empty lines are skipped, a bare name is taken from here.
 fn read_env_file(path: &PathBuf) -> anyhow::Result<Vec<String>> {
     let text = fs::read_to_string(path).with_context(|| format!("--env-file {}", path.display()))?;
@@ -153,6 +170,16 @@ fn read_env_file(path: &PathBuf) -> anyhow::Result<Vec<String>> {
         .map(str::trim_start)
         .filter(|line| !line.is_empty() && !line.starts_with('#'));
     Ok(lines.map(str::to_owned).collect())
+}
+
+/// The variables of files and options, the options' last.
+pub fn read_env(files: &[PathBuf], options: &[String]) -> anyhow::Result<Vec<String>> {
+    let mut env = Vec::new();
+    for path in files {
+        env.extend(read_env_file(path)?);
+    }
+    env.extend_from_slice(options);
+    Ok(env)
 }
 
 /// A bare name takes its value from here, and vanishes if there is none.
@@ -216,12 +243,28 @@ impl ContainerOptions {
         self.image_and_command.first().map_or("", String::as_str)
     }
 
-    fn process(&self, defaults: &sandbox::ImageDefaults) -> anyhow::Result<ProcessSpec> {
-        let mut env = Vec::new();
-        for path in &self.env_file {
-            env.extend(read_env_file(path)?);
+    /// Refuses what can't be done before anything is.
+    pub fn check(&self) -> anyhow::Result<()> {
+        if let Some(path) = self.cidfile.as_ref().filter(|path| path.exists()) {
+            bail!(
+                "--cidfile {} exists already; remove it or choose another file",
+                path.display()
+            );
         }
-        env.extend_from_slice(&self.env);
+        Ok(())
+    }
+
+    /// Makes the file of `--cidfile`, empty.
+    pub fn id_file(&self) -> anyhow::Result<Option<IdFile>> {
+        let Some(path) = self.cidfile.clone() else {
+            return Ok(None);
+        };
+        let file = fs::File::create_new(&path).with_context(|| format!("--cidfile {}", path.display()))?;
+        Ok(Some(IdFile { path, file }))
+    }
+
+    fn process(&self, defaults: &sandbox::ImageDefaults) -> anyhow::Result<ProcessSpec> {
+        let env = read_env(&self.env_file, &self.env)?;
         let entrypoint = self.entrypoint.as_ref().map(|program| {
             // An empty one takes the image's away, as with docker.
             if program.is_empty() {

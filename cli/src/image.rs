@@ -51,7 +51,8 @@ pub fn obtain(
 
 /// Whether a name says which registry its image comes from.
 fn has_registry(name: &str) -> bool {
-    name.split_once('/').is_some_and(|(first, _)| pull::is_host(first))
+    name.split_once('/')
+        .is_some_and(|(first, _)| pull::is_host(first))
 }
 
 /// A name that says by its prefix where the image is.
@@ -67,7 +68,7 @@ fn explicit_source(name: &str) -> Option<ImageSource> {
 /// Ids of the images that containers were made from.
 pub fn ids_in_use(runtime: &Runtime) -> anyhow::Result<Vec<String>> {
     let records = runtime.list()?;
-    Ok(records.into_iter().map(|record| record.image_id).collect())
+    Ok(records.into_iter().map(|record| record.spec.image_id).collect())
 }
 
 /// What an image says about its process.

@@ -3,7 +3,7 @@
 use clap::Args;
 use sandbox::{Directories, Runtime};
 
-use crate::signal_name;
+use crate::{output, signal_name};
 
 /// Send a signal to containers.
 #[derive(Debug, Args)]
@@ -20,19 +20,8 @@ impl Kill {
     /// Sends it.
     pub fn execute(self) -> anyhow::Result<u8> {
         let runtime = Runtime::open(&Directories::from_environment())?;
-        let mut code = 0;
-        for name in &self.containers {
-            let sent = runtime
-                .find(name)
-                .and_then(|record| runtime.signal(&record, self.signal, false));
-            match sent {
-                Ok(()) => println!("{name}"),
-                Err(error) => {
-                    eprintln!("hull: {:#}", anyhow::Error::from(error));
-                    code = 1;
-                }
-            }
-        }
-        Ok(code)
+        Ok(output::each_at_once(&self.containers, |name| {
+            Ok(runtime.signal(&runtime.find(name)?, self.signal, false)?)
+        }))
     }
 }

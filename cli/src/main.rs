@@ -6,10 +6,13 @@
 //! Exit codes: those of docker. `run` and `exec` end with the container's own; 125 is ours, 126 a command that
 //! can't be executed, 127 one that isn't found.
 
+mod attach;
+mod attached;
 mod auth_file;
 mod completion;
 mod container_inspect;
 mod container_options;
+mod create;
 mod doctor;
 mod exec;
 mod format;
@@ -23,21 +26,30 @@ mod images;
 mod import;
 mod inspect;
 mod kill;
+mod log_reader;
 mod login;
 mod logout;
+mod logs;
 mod output;
+mod pause;
 mod prune;
 mod ps;
 mod pull;
+mod rename;
+mod restart;
+mod resume;
 mod rm;
 mod rmi;
 mod run;
+mod sampler;
 mod signal_name;
+mod start;
 mod stats;
 mod stop;
 mod terminal;
 mod times;
 mod version;
+mod wait;
 
 use std::{io::Write as _, process::ExitCode, time::Instant};
 
@@ -60,12 +72,22 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Run(Box<run::Run>),
+    Create(Box<create::Create>),
+    Start(start::Start),
     Exec(exec::Exec),
+    Attach(attach::Attach),
     Ps(ps::Ps),
     Stats(stats::Stats),
+    Wait(wait::Wait),
+    Pause(pause::Pause),
+    #[command(visible_alias = "unpause")]
+    Resume(resume::Resume),
     Stop(stop::Stop),
+    Restart(restart::Restart),
     Kill(kill::Kill),
+    Rename(rename::Rename),
     Rm(rm::Rm),
+    Logs(logs::Logs),
     Inspect(inspect::Inspect),
     Images(images::Images),
     Pull(pull::Pull),
@@ -88,6 +110,12 @@ const OURS: u8 = 125;
 
 fn main() -> ExitCode {
     let started = Instant::now();
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|verb| verb == sandbox::monitor::VERB)
+    {
+        return sandbox::monitor::main();
+    }
     completion::answer::<Arguments>();
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
@@ -107,6 +135,14 @@ fn main() -> ExitCode {
     };
     let (result, failure): Finished = match arguments.verb {
         Verb::Run(run) => (run.execute(started), run::failure_code),
+        Verb::Create(create) => (create.execute(), run::failure_code),
+        Verb::Start(start) => (start.execute(started), |_| 1),
+        Verb::Attach(attach) => (attach.execute(), |_| 1),
+        Verb::Wait(wait) => (wait.execute(), |_| 1),
+        Verb::Pause(pause) => (pause.execute(), |_| 1),
+        Verb::Resume(resume) => (resume.execute(), |_| 1),
+        Verb::Restart(restart) => (restart.execute(started), |_| 1),
+        Verb::Rename(rename) => (rename.execute(), |_| 1),
         Verb::Exec(exec) => (exec.execute(), exec::failure_code),
         Verb::Ps(ps) => (ps.execute(), |_| 1),
         Verb::Stats(stats) => (stats.execute(), |_| 1),
@@ -114,6 +150,7 @@ fn main() -> ExitCode {
         Verb::Kill(kill) => (kill.execute(), |_| 1),
         Verb::Rm(rm) => (rm.execute(), |_| 1),
         Verb::Images(images) => (images.execute(), |_| 1),
+        Verb::Logs(logs) => (logs.execute(), |_| 1),
         Verb::Inspect(inspect) => (inspect.execute(), |_| 1),
         Verb::Pull(pull) => (pull.execute(), |_| 1),
         Verb::Import(import) => (import.execute(), |_| 1),

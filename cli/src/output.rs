@@ -55,6 +55,60 @@ pub fn print<T: Serialize>(
     }
 }
 
+/// Does something to each container and prints its name, as it was given, when that is done. What fails is told and
+/// doesn't keep the others from their turn.
+pub fn each(names: &[String], mut act: impl FnMut(&str) -> anyhow::Result<()>) -> u8 {
+    each_printing(names, |name| act(name).map(|()| name.to_owned()))
+}
+
+/// As [`each`], with what is printed left to `act`.
+pub fn each_printing(names: &[String], mut act: impl FnMut(&str) -> anyhow::Result<String>) -> u8 {
+    names.iter().fold(0, |code, name| tell(act(name)).max(code))
+}
+
+/// As [`each`], for what takes a while: all at the same time, told in order.
+pub fn each_at_once(names: &[String], act: impl Fn(&str) -> anyhow::Result<()> + Sync) -> u8 {
+    if let [name] = names {
+        return tell(act(name).map(|()| name.clone()));
+    }
+    std::thread::scope(|scope| {
+        let act = &act;
+        let running: Vec<_> = names
+            .iter()
+            .map(|name| scope.spawn(move || act(name).map(|()| name.clone())))
+            .collect();
+        running.into_iter().fold(0, |code, thread| {
+            let result = thread
+                .join()
+                .unwrap_or_else(|_| Err(anyhow::anyhow!("a thread panicked")));
+            tell(result).max(code)
+        })
+    })
+}
+
+fn tell(result: anyhow::Result<String>) -> u8 {
+    match result {
+        Ok(line) => {
+            // A reader that has gone doesn't undo what was done.
+            drop(writeln!(std::io::stdout(), "{line}"));
+            0
+        }
+        Err(error) => {
+            drop(writeln!(std::io::stderr(), "hull: {error:#}"));
+            1
+        }
+    }
+}
+
+/// Prints lines. A reader that has gone is no error.
+pub fn print_lines<'a>(lines: impl Iterator<Item = &'a str>) -> anyhow::Result<u8> {
+    let text: String = lines.flat_map(|line| [line, "\n"]).collect();
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(0),
+    }
+}
+
 /// A size as docker prints it: powers of ten, three digits.
 pub fn size(bytes: u64) -> String {
     let mut unit = 1_u64;

@@ -1,8 +1,9 @@
 //! `hull rm`
 
-use anyhow::bail;
 use clap::Args;
-use sandbox::{Directories, Runtime};
+use sandbox::{Directories, Runtime, SandboxError};
+
+use crate::output;
 
 /// Remove containers.
 #[derive(Debug, Args)]
@@ -10,36 +11,23 @@ pub struct Rm {
     /// Also running ones, which are killed
     #[arg(short, long)]
     force: bool,
+    /// Their anonymous volumes too; there are none, so this changes nothing
+    #[arg(short, long)]
+    volumes: bool,
     /// Names or ids
     #[arg(required = true)]
     containers: Vec<String>,
 }
 
 impl Rm {
-    /// Removes them.
+    /// Removes them, all at once.
     pub fn execute(self) -> anyhow::Result<u8> {
         let runtime = Runtime::open(&Directories::from_environment())?;
-        let mut code = 0;
-        for name in &self.containers {
-            if let Err(error) = self.remove(&runtime, name) {
-                eprintln!("hull: {error:#}");
-                code = 1;
-            } else {
-                println!("{name}");
+        Ok(output::each_at_once(&self.containers, |name| {
+            match runtime.find(name) {
+                Err(SandboxError::DamagedState { .. }) if self.force => Ok(runtime.remove_damaged(name)?),
+                found => Ok(runtime.remove(&found?, self.force)?),
             }
-        }
-        Ok(code)
-    }
-
-    fn remove(&self, runtime: &Runtime, name: &str) -> anyhow::Result<()> {
-        let record = runtime.find(name)?;
-        if !self.force {
-            bail!(
-                "container {} is running; stop it first, or use --force",
-                record.name
-            );
-        }
-        runtime.destroy(&record)?;
-        Ok(())
+        }))
     }
 }

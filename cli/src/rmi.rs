@@ -71,7 +71,7 @@ fn explain(runtime: &Runtime, error: rootfs_builder::Error) -> anyhow::Error {
         .list()
         .unwrap_or_default()
         .into_iter()
-        .filter(|record| record.image_id == *id)
+        .filter(|record| record.spec.image_id == *id)
         .map(|record| record.name)
         .collect();
     anyhow::anyhow!(

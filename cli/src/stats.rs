@@ -1,17 +1,37 @@
 //! `hull stats`
 
+use std::{io::IsTerminal as _, time::Duration};
+
 use clap::Args;
-use sandbox::{Directories, Runtime, SandboxRecord, Status};
+use sandbox::{ContainerRecord, Directories, Runtime};
 use serde::Serialize;
 
-use crate::output;
+use crate::{
+    format::{self, PrintFormat},
+    output,
+    sampler::{Sampler, Usage, binary_size},
+};
 
-/// Show what containers use, as their guests count it.
+/// Between two looks.
+const INTERVAL: Duration = Duration::from_secs(1);
+/// A rate needs a time; this much is waited for where only one table is printed.
+const FIRST_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Show what containers use, as their guests count it, again and again.
 #[derive(Debug, Args)]
 pub struct Stats {
-    /// How to print: table or json
+    /// Also containers that don't run
+    #[arg(short, long)]
+    all: bool,
+    /// Print one table and end
+    #[arg(long)]
+    no_stream: bool,
+    /// Don't shorten ids
+    #[arg(long)]
+    no_trunc: bool,
+    /// How to print: table, json, or a Go template
     #[arg(long, default_value = "table")]
-    format: output::Format,
+    format: PrintFormat,
     /// Names or ids; all running ones where none is given
     containers: Vec<String>,
 }
@@ -21,77 +41,159 @@ pub struct Stats {
 struct Row {
     #[serde(rename = "ID")]
     id: String,
+    container: String,
     name: String,
+    #[serde(rename = "CPUPerc")]
+    cpu_perc: String,
+    mem_usage: String,
+    mem_perc: String,
+    #[serde(rename = "NetIO")]
+    net_io: &'static str,
+    #[serde(rename = "BlockIO")]
+    block_io: String,
+    #[serde(rename = "PIDs")]
+    pids: u64,
+    #[serde(rename = "HostCPUPerc")]
+    host_cpu_perc: String,
+    host_memory_bytes: u64,
     cpu_usage_us: u64,
     memory_current_bytes: u64,
     memory_total_bytes: u64,
     memory_available_bytes: u64,
-    #[serde(rename = "PIDs")]
-    pids: u64,
     io_read_bytes: u64,
     io_write_bytes: u64,
     oom_kills: u64,
 }
 
-fn row(runtime: &Runtime, record: &SandboxRecord) -> sandbox::Result<Row> {
-    let stats = runtime.stats(record)?;
-    Ok(Row {
-        id: record.id.short().to_owned(),
-        name: record.name.clone(),
-        cpu_usage_us: stats.cpu_usage_us,
-        memory_current_bytes: stats.memory_current_bytes,
-        memory_total_bytes: stats.guest_memory_total_bytes,
-        memory_available_bytes: stats.guest_memory_available_bytes,
-        pids: stats.pids_current,
-        io_read_bytes: stats.io_read_bytes,
-        io_write_bytes: stats.io_write_bytes,
-        oom_kills: stats.oom_kills,
-    })
+fn percent(value: Option<f64>) -> String {
+    value.map_or_else(|| "--".to_owned(), |value| format!("{value:.2}%"))
+}
+
+#[expect(clippy::cast_precision_loss, reason = "two decimals are shown")]
+fn row(usage: &Usage, whole: bool) -> Row {
+    let id = if whole {
+        usage.record.id.as_str()
+    } else {
+        usage.record.id.short()
+    };
+    let guest = usage.guest.unwrap_or_default();
+    let known = usage.guest.is_some();
+    Row {
+        id: id.to_owned(),
+        container: id.to_owned(),
+        name: usage.record.name.clone(),
+        cpu_perc: percent(usage.cpu_percent),
+        mem_usage: if known {
+            format!(
+                "{} / {}",
+                binary_size(guest.memory_current_bytes),
+                binary_size(usage.given_bytes())
+            )
+        } else {
+            "-- / --".to_owned()
+        },
+        mem_perc: percent(
+            known.then(|| usage.used_bytes() as f64 * 100.0 / usage.given_bytes().max(1) as f64),
+        ),
+        // There is no network device.
+        net_io: "--",
+        block_io: if known {
+            format!(
+                "{} / {}",
+                output::size(guest.io_read_bytes),
+                output::size(guest.io_write_bytes)
+            )
+        } else {
+            "-- / --".to_owned()
+        },
+        pids: guest.pids,
+        host_cpu_perc: percent(usage.host_cpu_percent),
+        host_memory_bytes: usage.host_memory_bytes,
+        cpu_usage_us: guest.cpu_usage_us,
+        memory_current_bytes: guest.memory_current_bytes,
+        memory_total_bytes: guest.memory_total_bytes,
+        memory_available_bytes: guest.memory_available_bytes,
+        io_read_bytes: guest.io_read_bytes,
+        io_write_bytes: guest.io_write_bytes,
+        oom_kills: guest.oom_kills,
+    }
+}
+
+const HEADER: [&str; 8] = [
+    "CONTAINER ID",
+    "NAME",
+    "CPU %",
+    "MEM USAGE / LIMIT",
+    "MEM %",
+    "HOST MEM",
+    "BLOCK I/O",
+    "PIDS",
+];
+
+fn cells(row: &Row) -> Vec<String> {
+    vec![
+        row.id.clone(),
+        row.name.clone(),
+        row.cpu_perc.clone(),
+        row.mem_usage.clone(),
+        row.mem_perc.clone(),
+        binary_size(row.host_memory_bytes),
+        row.block_io.clone(),
+        row.pids.to_string(),
+    ]
 }
 
 impl Stats {
-    /// Prints them once.
-    pub fn execute(self) -> anyhow::Result<u8> {
-        let runtime = Runtime::open(&Directories::from_environment())?;
-        let rows = if self.containers.is_empty() {
-            let running = runtime
-                .list()?
-                .into_iter()
-                .filter(|record| record.status == Status::Running);
-            // One that ends meanwhile is left out.
-            running.filter_map(|record| row(&runtime, &record).ok()).collect()
-        } else {
-            let find = |name: &String| row(&runtime, &runtime.find(name)?);
-            self.containers
+    fn records(&self, runtime: &Runtime) -> anyhow::Result<Vec<ContainerRecord>> {
+        if !self.containers.is_empty() {
+            let find = |name: &String| runtime.find(name);
+            return Ok(self
+                .containers
                 .iter()
                 .map(find)
-                .collect::<sandbox::Result<Vec<_>>>()?
-        };
-        let header = [
-            "CONTAINER ID",
-            "NAME",
-            "CPU TIME",
-            "MEM USAGE / TOTAL",
-            "BLOCK I/O",
-            "PIDS",
-        ];
-        output::print(self.format, &header, &rows, |row| {
-            vec![
-                row.id.clone(),
-                row.name.clone(),
-                format!("{} ms", row.cpu_usage_us / 1000),
-                format!(
-                    "{} / {}",
-                    output::size(row.memory_current_bytes),
-                    output::size(row.memory_total_bytes)
-                ),
-                format!(
-                    "{} / {}",
-                    output::size(row.io_read_bytes),
-                    output::size(row.io_write_bytes)
-                ),
-                row.pids.to_string(),
-            ]
-        })
+                .collect::<sandbox::Result<Vec<_>>>()?);
+        }
+        let mut records = runtime.list()?;
+        records.retain(|record| self.all || record.status.is_live());
+        Ok(records)
+    }
+
+    fn render(&self, sampler: &mut Sampler) -> anyhow::Result<String> {
+        let records = self.records(sampler.runtime())?;
+        let rows: Vec<Row> = sampler
+            .look(records)
+            .iter()
+            .map(|usage| row(usage, self.no_trunc))
+            .collect();
+        self.format.render(&HEADER, &rows, cells)
+    }
+
+    /// Prints them, once or until somebody ends it.
+    pub fn execute(self) -> anyhow::Result<u8> {
+        let mut sampler = Sampler::new(Runtime::open(&Directories::from_environment())?);
+        self.render(&mut sampler)?;
+        std::thread::sleep(FIRST_INTERVAL);
+        if self.no_stream {
+            return format::write_out(&self.render(&mut sampler)?);
+        }
+        let clears = std::io::stdout().is_terminal() && self.format == PrintFormat::Table;
+        loop {
+            let text = self.render(&mut sampler)?;
+            // Home, then each line to its end, then what is below: without flicker.
+            let text = if clears {
+                format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n"))
+            } else {
+                text
+            };
+            std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes()).or_else(|error| {
+                // Whoever read has enough.
+                if error.kind() == std::io::ErrorKind::BrokenPipe {
+                    std::process::exit(0)
+                }
+                Err(error)
+            })?;
+            std::io::Write::flush(&mut std::io::stdout())?;
+            std::thread::sleep(INTERVAL);
+        }
     }
 }

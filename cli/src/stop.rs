@@ -3,68 +3,44 @@
 use std::time::Duration;
 
 use clap::Args;
-use sandbox::{Directories, Result, Runtime, SandboxRecord};
+use sandbox::{ContainerRecord, Directories, Runtime};
 
-use crate::{image, signal_name};
+use crate::output;
 
-const SIGTERM: i32 = 15;
-const SIGKILL: i32 = 9;
+/// How long a container has to end unless it was created with another time.
+const DEFAULT_PATIENCE: Duration = Duration::from_secs(10);
+/// As good as for ever, and still a time that can be added to a clock.
+const FOR_EVER: Duration = Duration::from_secs(365 * 86_400);
 
 /// Stop containers: ask, wait, then force.
 #[derive(Debug, Args)]
 pub struct Stop {
-    /// Seconds to wait before forcing it
-    #[arg(short, long, default_value_t = 10)]
-    time: u64,
+    /// Seconds to wait before forcing it; -1 waits for ever [default: the container's, or 10]
+    #[arg(short, long, visible_alias = "timeout", allow_negative_numbers = true)]
+    time: Option<i64>,
     /// Names or ids
     #[arg(required = true)]
     containers: Vec<String>,
 }
 
-impl Stop {
-    /// Stops them.
-    pub fn execute(self) -> anyhow::Result<u8> {
-        let directories = Directories::from_environment();
-        let runtime = Runtime::open(&directories)?;
-        let mut code = 0;
-        for name in &self.containers {
-            let stopped = runtime.find(name).and_then(|record| {
-                let signal = stop_signal(&directories, &record);
-                self.stop(&runtime, &record, signal)
-            });
-            match stopped {
-                Ok(()) => println!("{name}"),
-                Err(error) => {
-                    eprintln!("hull: {:#}", anyhow::Error::from(error));
-                    code = 1;
-                }
-            }
-        }
-        Ok(code)
-    }
-
-    fn stop(&self, runtime: &Runtime, record: &SandboxRecord, signal: i32) -> Result<()> {
-        runtime.signal(record, signal, false)?;
-        if runtime.wait_removed(record, Duration::from_secs(self.time)) {
-            return Ok(());
-        }
-        // Gone in between is as good as stopped.
-        let _ = runtime.signal(record, SIGKILL, true);
-        if runtime.wait_removed(record, Duration::from_secs(10)) {
-            Ok(())
-        } else {
-            runtime.destroy(record)
-        }
+/// How long a container has to end.
+pub fn patience(time: Option<i64>, record: &ContainerRecord) -> Duration {
+    match time.map(u64::try_from) {
+        Some(Ok(seconds)) => Duration::from_secs(seconds).min(FOR_EVER),
+        Some(Err(_)) => FOR_EVER,
+        None => record.spec.stop_timeout_s.map_or(DEFAULT_PATIENCE, |seconds| {
+            Duration::from_secs(seconds).min(FOR_EVER)
+        }),
     }
 }
 
-/// What the image says ends it.
-fn stop_signal(directories: &Directories, record: &SandboxRecord) -> i32 {
-    let image = image::open_store(directories)
-        .ok()
-        .and_then(|store| store.resolve(&record.image_id).ok());
-    let named = image.and_then(|image| image.config.stop_signal);
-    named
-        .and_then(|name| signal_name::parse(&name).ok())
-        .unwrap_or(SIGTERM)
+impl Stop {
+    /// Stops them, all at once.
+    pub fn execute(self) -> anyhow::Result<u8> {
+        let runtime = Runtime::open(&Directories::from_environment())?;
+        Ok(output::each_at_once(&self.containers, |name| {
+            let record = runtime.find(name)?;
+            Ok(runtime.stop(&record, patience(self.time, &record))?)
+        }))
+    }
 }

@@ -1,4 +1,6 @@
-//! A front-end attached to a process: its streams, its signals, its terminal, its exit.
+//! `exec`: a further process in a running container, its streams, its signals, its terminal, its exit.
+//!
+//! It goes straight to the agent; the container's monitor knows nothing of it.
 
 use std::{
     os::fd::AsFd as _,
@@ -12,19 +14,18 @@ use agent_protocol::{
 };
 
 use crate::{
-    Result, Runtime, SandboxError, SandboxRecord, SignalEvent, Signals, Status,
+    ContainerRecord, DetachKeys, Result, Runtime, SandboxError, SignalEvent, Signals, Status,
     agent_client::{AgentClient, CALL_TIMEOUT, Pending},
     identity::random_bytes,
     spec::ProcessSpec,
     stdio::{ProcessStreams, Pumps},
-    vmm_client::Vmm,
     wait,
 };
 
 /// How often somebody must ask a program that doesn't listen to end before it is ended, as with docker.
 const PATIENCE_WITH_SIGNALS: u32 = 3;
-/// After an exec'd process has exited, how long others that hold its output may still add to it.
-const EXEC_OUTPUT_PATIENCE: Duration = Duration::from_millis(500);
+/// After the process has exited, how long others that hold its output may still add to it.
+const OUTPUT_PATIENCE: Duration = Duration::from_millis(500);
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,12 +51,23 @@ impl From<WaitProcessResponse> for ExitStatus {
 }
 
 /// What the front-end wants to happen to a process it is attached to.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct AttachOptions<'a> {
     /// Where signals come from.
     pub signals: &'a Signals,
     /// The size of the terminal, asked for when it changed.
     pub window: fn() -> Option<(u16, u16)>,
+    /// The keys that detach, where stdin is a terminal.
+    pub detach_keys: Option<DetachKeys>,
+}
+
+/// How an attached process was left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Left {
+    /// It has exited.
+    Exited(ExitStatus),
+    /// It goes on.
+    Detached,
 }
 
 /// A started process and what moves its bytes.
@@ -75,47 +87,27 @@ pub(crate) fn process_ref(container_id: &str, exec_id: &str) -> ProcessRef {
 }
 
 impl Attached {
-    /// Starts a created process with its streams attached.
-    pub(crate) fn start(
-        agent: &mut AgentClient,
-        process: ProcessRef,
-        streams: ProcessStreams,
-        spec: &ProcessSpec,
-    ) -> Result<Self> {
-        let start = agent.send::<StartProcess>(&process)?;
-        let wait = agent.send::<WaitProcess>(&process)?;
-        agent.wait(&start, Some(CALL_TIMEOUT))?;
-        let pumps = streams.start(spec.stdin || spec.terminal)?;
-        Ok(Self { process, wait, pumps })
-    }
-
     /// Hands signals on until the process has exited, then waits for the rest of its output.
-    pub(crate) fn drive(
-        mut self,
-        agent: &mut AgentClient,
-        mut vmm: Option<&mut Vmm>,
-        options: AttachOptions<'_>,
-    ) -> Result<ExitStatus> {
+    fn drive(mut self, agent: &mut AgentClient, options: &AttachOptions<'_>) -> Result<Left> {
         let mut asked_to_end = 0;
         let exit = loop {
-            match agent.take(&self.wait) {
-                Ok(Some(exit)) => break exit,
-                Ok(None) => {}
-                Err(error) => return Err(explain(error, vmm)),
+            if let Some(exit) = agent.take(&self.wait)? {
+                break exit;
             }
-            let never = options.signals.as_fd();
-            let (exited, stopped, said) = match vmm.as_ref() {
-                Some(vmm) => (vmm.as_fd(), vmm.control_fd(), vmm.stderr_fd()),
-                None => (never, never, never),
-            };
-            let ready = wait::any_readable(
-                [agent.as_fd(), options.signals.as_fd(), exited, stopped, said],
-                None,
-            );
-            let [answered, signalled, exited, stopped, said] =
-                ready.map_err(SandboxError::system("waiting for the container"))?;
-            if answered && let Err(error) = agent.receive(Some(Instant::now() + CALL_TIMEOUT)) {
-                return Err(explain(error, vmm));
+            let never = agent.as_fd();
+            let detached = self
+                .pumps
+                .detached
+                .as_ref()
+                .map_or(never, |detached| detached.as_fd());
+            let ready = wait::any_readable([agent.as_fd(), options.signals.as_fd(), detached], None);
+            let [answered, signalled, detaching] =
+                ready.map_err(SandboxError::system("waiting for the process"))?;
+            if answered {
+                agent.receive(Some(Instant::now() + CALL_TIMEOUT))?;
+            }
+            if detaching && self.pumps.detached.is_some() {
+                return Ok(Left::Detached);
             }
             if signalled {
                 asked_to_end += self.hand_on_signals(agent, options)?;
@@ -123,27 +115,14 @@ impl Attached {
                     return Err(SandboxError::Interrupted { signal: 9 });
                 }
             }
-            if let Some(vmm) = vmm.as_mut() {
-                if said {
-                    vmm.drain_stderr();
-                }
-                if (exited || stopped) && !answered {
-                    return Err(vmm.stopped());
-                }
-            }
         };
-        // A container's output ends with it; an exec's may be held open by what it left running.
-        let patience = if self.process.exec_id.is_empty() {
-            None
-        } else {
-            Some(EXEC_OUTPUT_PATIENCE)
-        };
-        self.pumps.finish(patience);
-        Ok(exit.into())
+        // The output may be held open by what the process left running.
+        self.pumps.finish(Some(OUTPUT_PATIENCE));
+        Ok(Left::Exited(exit.into()))
     }
 
     /// Returns how many of the signals asked the process to end.
-    fn hand_on_signals(&self, agent: &mut AgentClient, options: AttachOptions<'_>) -> Result<u32> {
+    fn hand_on_signals(&self, agent: &mut AgentClient, options: &AttachOptions<'_>) -> Result<u32> {
         const ENDING: [i32; 2] = [2, 15];
         let mut ending = 0;
         while let Some(event) = options.signals.next() {
@@ -159,14 +138,6 @@ impl Attached {
             }
         }
         Ok(ending)
-    }
-}
-
-/// The agent's connection ends with the microVM: then say why that ended.
-fn explain(error: SandboxError, vmm: Option<&mut Vmm>) -> SandboxError {
-    match (error, vmm) {
-        (SandboxError::AgentConnection { .. }, Some(vmm)) => vmm.stopped(),
-        (error, _) => error,
     }
 }
 
@@ -219,44 +190,93 @@ fn resize(agent: &mut AgentClient, process: &ProcessRef, (rows, columns): (u16, 
 }
 
 impl Runtime {
-    /// Runs a further process in a running container, attached, until it has exited.
+    /// Runs a further process in a running container, attached, until it has exited or the user detaches.
     ///
     /// # Errors
     ///
     /// The container isn't running, or the process can't be started.
     pub fn exec(
         &self,
-        record: &SandboxRecord,
+        record: &ContainerRecord,
         process: &ProcessSpec,
-        options: AttachOptions<'_>,
-    ) -> Result<ExitStatus> {
-        if record.status != Status::Running {
-            return Err(SandboxError::NotRunning {
-                name: record.name.clone(),
-            });
-        }
-        let exec_id = format!("{:016x}", u64::from_le_bytes(random_bytes()?));
+        options: &AttachOptions<'_>,
+    ) -> Result<Left> {
+        self.check_running(record)?;
+        let exec_id = new_exec_id()?;
         let ids = (record.id.as_str(), exec_id.as_str());
         let connect = || self.run.connect_vsock(&record.id);
-        let (rpc, streams) = ProcessStreams::open_with(connect, RPC_PORT, ids, process).map_err(|error| {
-            tracing::debug!(%error, "connecting to the agent");
-            SandboxError::NotRunning {
-                name: record.name.clone(),
-            }
-        })?;
+        let (rpc, streams) = ProcessStreams::open_with(connect, RPC_PORT, ids, process)
+            .map_err(|error| self.explain_lost(record, error))?;
         let mut agent = AgentClient::new(rpc);
-        let hello = agent.send_connect(false)?;
-        let create = agent.send::<CreateExec>(&CreateExecRequest {
-            container_id: record.id.as_str().to_owned(),
-            exec_id: exec_id.clone(),
-            process: Some(process.for_agent()).into(),
-            ..CreateExecRequest::default()
-        })?;
-        agent.finish_connect(&hello)?;
-        agent.wait(&create, Some(CALL_TIMEOUT))?;
-        let started = Attached::start(&mut agent, process_ref(ids.0, ids.1), streams, process)?;
-        started.drive(&mut agent, None, options)
+        let wait = start_exec(&mut agent, record, &exec_id, process, true)?;
+        let pumps = streams.start(process.stdin, options.detach_keys.clone())?;
+        let attached = Attached {
+            process: process_ref(ids.0, ids.1),
+            wait,
+            pumps,
+        };
+        attached.drive(&mut agent, options)
     }
+
+    /// Starts a further process in a running container and leaves it to itself.
+    ///
+    /// # Errors
+    ///
+    /// As [`Runtime::exec`].
+    pub fn exec_detached(&self, record: &ContainerRecord, process: &ProcessSpec) -> Result<()> {
+        self.check_running(record)?;
+        let mut rpc = self.connect_ports(record, &[RPC_PORT])?;
+        let mut agent = AgentClient::new(rpc.pop().ok_or(SandboxError::MonitorGone)?);
+        start_exec(&mut agent, record, &new_exec_id()?, process, false).map(drop)
+    }
+
+    fn check_running(&self, record: &ContainerRecord) -> Result<()> {
+        let name = || record.name.clone();
+        match record.status {
+            Status::Running => Ok(()),
+            Status::Paused => Err(SandboxError::Paused { name: name() }),
+            _ => Err(SandboxError::NotRunning { name: name() }),
+        }
+    }
+
+    fn explain_lost(&self, record: &ContainerRecord, error: SandboxError) -> SandboxError {
+        tracing::debug!(%error, "connecting to the agent");
+        SandboxError::NotRunning {
+            name: record.name.clone(),
+        }
+    }
+}
+
+fn new_exec_id() -> Result<String> {
+    Ok(format!("{:016x}", u64::from_le_bytes(random_bytes()?)))
+}
+
+/// Everything under way at once, and handled in order: one round trip until the process runs.
+fn start_exec(
+    agent: &mut AgentClient,
+    record: &ContainerRecord,
+    exec_id: &str,
+    process: &ProcessSpec,
+    attached: bool,
+) -> Result<Pending<WaitProcess>> {
+    let reference = process_ref(record.id.as_str(), exec_id);
+    let mut process = process.for_agent();
+    if !attached {
+        (process.attach_stdin, process.attach_stdout, process.attach_stderr) = (false, false, false);
+    }
+    let hello = agent.send_connect(false)?;
+    let create = agent.send::<CreateExec>(&CreateExecRequest {
+        container_id: record.id.as_str().to_owned(),
+        exec_id: exec_id.to_owned(),
+        process: Some(process).into(),
+        ..CreateExecRequest::default()
+    })?;
+    let start = agent.send::<StartProcess>(&reference)?;
+    let wait = agent.send::<WaitProcess>(&reference)?;
+    agent.finish_connect(&hello)?;
+    agent.wait(&create, Some(CALL_TIMEOUT))?;
+    agent.wait(&start, Some(CALL_TIMEOUT))?;
+    Ok(wait)
 }
 
 #[cfg(test)]

@@ -5,6 +5,8 @@ use std::{io, path::PathBuf, time::Duration};
 use agent_protocol::{ErrorDetail, ErrorKind, InvalidMessage};
 use vmm_api::{ClientError, StopReason};
 
+use crate::Status;
+
 /// Result of this library.
 pub type Result<T> = std::result::Result<T, SandboxError>;
 
@@ -66,23 +68,82 @@ pub enum SandboxError {
         /// Who has it.
         id: String,
     },
-    /// No such sandbox.
-    #[error("no such container: {name}")]
+    /// The place where containers are kept can't be written.
+    #[error(
+        "containers can't be kept in {}; make it writable, name another place by HULL_ROOT, or use --rm",
+        path.display()
+    )]
+    KeepingImpossible {
+        /// Which place.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// No such container.
+    #[error("no such container: {name}; `hull ps -a` lists what there is")]
     NotFound {
         /// What was asked for.
         name: String,
     },
-    /// Several sandboxes match.
-    #[error("{name:?} is the beginning of more than one container id")]
+    /// Several containers match.
+    #[error("{name:?} is the beginning of more than one container id; give more of it")]
     Ambiguous {
         /// What was asked for.
         name: String,
     },
     /// Only possible for a running container.
-    #[error("container {name} is not running")]
+    #[error("container {name} is not running; `hull start {name}` starts it")]
     NotRunning {
         /// Which.
         name: String,
+    },
+    /// Only possible for a container that isn't paused.
+    #[error("container {name} is paused; `hull resume {name}` lets it run again")]
+    Paused {
+        /// Which.
+        name: String,
+    },
+    /// Only possible for a paused container.
+    #[error("container {name} is not paused")]
+    NotPaused {
+        /// Which.
+        name: String,
+    },
+    /// Only possible for a container that doesn't run.
+    #[error("container {name} is {status}; stop it first, or use --force")]
+    StillRunning {
+        /// Which.
+        name: String,
+        /// What it does.
+        status: Status,
+    },
+    /// Somebody else starts, stops or removes it.
+    #[error("container {name} is being started, stopped or removed by another command; try again")]
+    Busy {
+        /// Which.
+        name: String,
+    },
+    /// The container's files have no place on the disk.
+    #[error("the container's writable layer can't be made")]
+    WritableLayer {
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The client has given up.
+    #[error("given up")]
+    Cancelled,
+    /// The monitor has gone.
+    #[error(
+        "the container's monitor has ended unexpectedly; `hull ps -a` shows what became of the container"
+    )]
+    MonitorGone,
+    /// What the monitor could not do, in its words.
+    #[error("{message}")]
+    Monitor {
+        /// For people.
+        message: String,
+        /// For `run`'s exit code.
+        exit_code: u8,
     },
     /// The VMM can't make the microVM as it is asked to.
     #[error("the microVM can't be made: {message}")]
@@ -211,6 +272,7 @@ impl SandboxError {
                 ErrorKind::COMMAND_NOT_EXECUTABLE | ErrorKind::BAD_WORKING_DIRECTORY => 126,
                 _ => 125,
             },
+            Self::Monitor { exit_code, .. } => *exit_code,
             Self::Interrupted { signal } => u8::try_from(128 + signal).unwrap_or(125),
             _ => 125,
         }

@@ -1,45 +1,55 @@
-//! One container, one microVM: makes, finds, recovers and removes them.
+//! One container, one microVM: makes, finds, starts, recovers and removes them.
 //!
-//! Every front-end is thin on this library, and only this library starts a VMM.
+//! Every front-end is thin on this library, and only this library starts a monitor or a VMM.
 //!
 //! ```text
-//!  front-end ──► Runtime ──► Sandbox ──┬─ state_store   one locked directory per sandbox
-//!                   │                  ├─ vmm_client    hull-vmm, by its control socket
-//!                recovery              └─ agent_client  hull-agent, by ttRPC over vsock
+//!  front-end ──► Runtime ──► container_store   what is kept: one locked home per container
+//!                   │   └──► run_dir           what runs: its sockets
+//!                   ├─ Launcher ──► monitor ──► lifecycle ──┬─ vmm_client    hull-vmm, by its control socket
+//!                   │   (another process)                   └─ agent_client  hull-agent, by ttRPC over vsock
+//!                   ├─ Session       attached: terminal, signals, keys
+//!                   └─ attach        exec: straight to the agent
 //! ```
 //!
 //! Invariants:
-//! - A sandbox lives as long as its owner holds the lock of its directory; who finds a directory without an
-//!   owner removes it and what belongs to it. No command needs another to have ended well.
+//! - A container runs as long as its monitor holds the lock of its home; who finds a home that says otherwise puts it
+//!   right. No command needs another to have ended well.
 //! - Nothing here touches KVM, and nothing links the VMM or the agent.
 
 pub mod agent_client;
 pub mod attach;
 pub mod confinement;
+mod container_store;
 mod defaults;
+mod detach_keys;
 mod error;
 mod identity;
 mod lifecycle;
 mod locate;
 pub mod log_driver;
+pub mod monitor;
 mod process_handle;
-mod recovery;
 pub mod rootfs;
+mod run_dir;
+mod runtime;
+mod session;
 mod signals;
 mod spec;
-mod state_store;
 mod stdio;
 mod timing;
 mod vmm_client;
 mod wait;
 
 pub use agent_protocol::PROTOCOL_VERSION as AGENT_PROTOCOL_VERSION;
+pub use container_store::{ContainerRecord, RunInfo, Status};
+pub use detach_keys::DetachKeys;
 pub use error::{Result, SandboxError};
 pub use identity::{SandboxId, generate_name};
-pub use lifecycle::{Sandbox, StartOptions, check_host};
+pub use lifecycle::check_host;
 pub use locate::{Components, Directories};
-pub use recovery::Runtime;
+pub use process_handle::ProcessIdentity;
+pub use runtime::{Runtime, StartOptions};
+pub use session::{Attachment, ContainerExit, Ended, Session, SessionOptions};
 pub use signals::{SignalEvent, Signals};
 pub use spec::{ContainerSpec, ImageDefaults, ProcessSpec};
-pub use state_store::{SandboxRecord, Status};
 pub use timing::Timing;

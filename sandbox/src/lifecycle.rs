@@ -1,35 +1,37 @@
-//! One sandbox from nothing to nothing.
+//! A container's microVM from nothing to nothing.
 //!
 //! ```text
-//!  reserve ─► spawn VMM ─► configure, start ─► agent ready ─► container created ─► started ─► exited
-//!     │            │               │                 │                │               │          │
-//!     └────────────┴───────────────┴─── any failure, any signal ──────┴───────────────┴──────────┴─► removed
+//!  spawn VMM ─► configure, start ─► agent ready ─► container created, its process started ─► exited
+//!      │               │                │                        │                            │
+//!      └───────────────┴─── any failure, a client that gives up ─┴────────────────────────────┴─► ended
 //! ```
 //!
-//! Owner: the process that created it, which holds its directory's lock. Thread: the caller's.
+//! Owner: the monitor, which holds the container's home. Thread: its only one.
 //!
-//! Invariant: a [`Sandbox`] owns everything of its own. Dropping it, at whatever point, ends the VMM and removes
-//! the directory; nothing has to be undone by hand.
+//! Invariant: a [`MicroVm`] owns everything of its own. Dropping it, at whatever point, ends the VMM and removes
+//! the folder of its sockets; nothing has to be undone by hand.
 
 use std::{
     fs::File,
-    os::{fd::AsFd as _, unix::net::UnixStream},
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    os::{
+        fd::{AsFd as _, BorrowedFd},
+        unix::net::UnixStream,
+    },
+    time::{Duration, Instant},
 };
 
 use agent_protocol::{
-    ConnectResponse, ContainerRef, CreateContainer, GetStats, READY_PORT, RPC_PORT, StatsResponse,
+    ConnectResponse, CreateContainer, READY_PORT, RPC_PORT, Shutdown, StartProcess, WaitProcess,
 };
 
 use crate::{
-    Components, ContainerSpec, Result, Runtime, SandboxError, SandboxRecord, Signals, Status, Timing,
-    agent_client::{AgentClient, CALL_TIMEOUT},
-    attach::{AttachOptions, Attached, ExitStatus, process_ref, send_signal},
-    process_handle::ProcessIdentity,
-    recovery::Reservation,
-    spec::ProcessSpec,
-    state_store::{OwnedDir, RECORD_VERSION, boot_id},
-    stdio::{ProcessStreams, connect_ports},
+    Components, ContainerRecord, ContainerSpec, Result, SandboxError, Status, Timing,
+    agent_client::{AgentClient, CALL_TIMEOUT, Pending},
+    attach::process_ref,
+    container_store::{Home, RunInfo, now_ms},
+    rootfs,
+    run_dir::{RunDir, SocketDir},
+    stdio::ProcessStreams,
     timing::{Stopwatch, microseconds},
     vmm_client::{Disk, VmParts, Vmm, Watched, check_kvm},
 };
@@ -48,33 +50,35 @@ const CMDLINE_SILENT: &str = "quiet loglevel=1 8250.nr_uarts=0";
 /// Added with one.
 const CMDLINE_CONSOLE: &str = "console=ttyS0 loglevel=7";
 
-/// How to start a sandbox.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct StartOptions<'a> {
-    /// Gives up when one of these asks for it.
-    pub signals: Option<&'a Signals>,
-    /// How long the front-end has been busy before, for [`Timing`].
-    pub client_time: Duration,
-}
+/// How long a guest may take to write its files to the disk and switch itself off.
+const POWER_OFF_PATIENCE: Duration = Duration::from_secs(10);
 
-/// A container in its microVM, owned by this process.
+/// A microVM with its container's process running in it.
 #[derive(Debug)]
-pub struct Sandbox {
-    // The order of fields is the order of destruction: the VMM ends before its directory goes.
-    agent: AgentClient,
-    vmm: Vmm,
-    dir: OwnedDir,
-    record: SandboxRecord,
-    process: ProcessSpec,
-    /// Until the process is started.
-    streams: Option<ProcessStreams>,
-    timing: Timing,
-    stopwatch: Stopwatch,
+pub(crate) struct MicroVm {
+    // The order of fields is the order of destruction: the VMM ends before the folder of its sockets goes.
+    pub(crate) agent: AgentClient,
+    pub(crate) vmm: Vmm,
+    pub(crate) sockets: SocketDir,
+    /// Until the monitor takes them.
+    pub(crate) streams: Option<ProcessStreams>,
+    /// Answered when the container's process has exited.
+    pub(crate) exit: Pending<WaitProcess>,
+    pub(crate) timing: Timing,
+    pub(crate) stopwatch: Stopwatch,
+    keeps_files: bool,
 }
 
-fn now_ms() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(now.as_millis()).unwrap_or(0)
+/// What a launch is given.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Launch<'a> {
+    pub(crate) home: &'a Home,
+    pub(crate) run: &'a RunDir,
+    pub(crate) components: &'a Components,
+    /// Readable when the client has given up.
+    pub(crate) cancel: BorrowedFd<'a>,
+    /// How long the client has been busy before, for [`Timing`].
+    pub(crate) client_us: u64,
 }
 
 /// Where the guest's console goes, if somebody asked for it.
@@ -87,33 +91,9 @@ fn open_console() -> Result<Option<File>> {
         .map_err(SandboxError::io("creating", path))
 }
 
-fn new_record(reservation: &Reservation, spec: &ContainerSpec) -> Result<SandboxRecord> {
-    let pid = i32::try_from(std::process::id()).unwrap_or(0);
-    let owner = ProcessIdentity::of(pid).ok_or_else(|| {
-        SandboxError::system("reading /proc/self/stat")(std::io::Error::from(std::io::ErrorKind::NotFound))
-    })?;
-    Ok(SandboxRecord {
-        version: RECORD_VERSION,
-        id: reservation.id.clone(),
-        name: reservation.name.clone(),
-        image: spec.image.clone(),
-        image_id: spec.image_id.clone(),
-        command: spec.process.args.clone(),
-        created_ms: now_ms(),
-        started_ms: None,
-        status: Status::Creating,
-        vcpus: spec.vcpus,
-        memory_mib: spec.memory_mib,
-        boot_id: boot_id(),
-        owner,
-        vmm: None,
-        jail_uid: reservation.jail_uid,
-    })
-}
-
 /// A microVM that runs, and the stream on which its agent will say that it is ready.
 fn boot(
-    dir: &OwnedDir,
+    sockets: &SocketDir,
     vmm: &mut Vmm,
     components: &Components,
     spec: &ContainerSpec,
@@ -133,7 +113,7 @@ fn boot(
         kernel,
         cmdline: format!("{CMDLINE} {verbosity}"),
         disks,
-        vsock: dir.listen_vsock()?,
+        vsock: sockets.listen_vsock()?,
         guest_port: (READY_PORT, guest_end),
         console,
     };
@@ -141,38 +121,35 @@ fn boot(
     Ok(ready)
 }
 
-impl Sandbox {
-    /// Makes a microVM and a container in it, which waits to be started.
-    ///
-    /// # Errors
-    ///
-    /// Whatever stands in the way; nothing is left behind.
-    pub fn create(
-        runtime: &Runtime,
-        components: &Components,
-        spec: &ContainerSpec,
-        options: StartOptions<'_>,
-    ) -> Result<Self> {
+impl MicroVm {
+    /// Makes a microVM and a container in it, and starts the container's process. The record tells the processes from
+    /// the moment there are any, and that the container runs once it does.
+    pub(crate) fn launch(record: &mut ContainerRecord, launch: Launch<'_>) -> Result<Self> {
         let mut stopwatch = Stopwatch::start();
         let mut timing = Timing {
-            client_us: microseconds(options.client_time),
+            client_us: launch.client_us,
             ..Timing::default()
         };
-        spec.check()?;
+        let (home, components) = (launch.home, launch.components);
+        record.spec.check()?;
         check_kvm()?;
-        let disks = spec.rootfs.open_disks(&components.agent_image)?;
-        let reservation = runtime.reserve(spec.name.as_deref())?;
-        let mut record = new_record(&reservation, spec)?;
-        let dir = reservation.dir;
-        dir.write(&record)?;
-        let mut vmm = Vmm::spawn(&components.vmm, &record.id, record.jail_uid)?;
-        record.vmm = Some(vmm.identity);
-        dir.write(&record)?;
-        let ready = boot(&dir, &mut vmm, components, spec, disks)?;
+        let mut disks = record.spec.rootfs.open_disks(&components.agent_image)?;
+        if record.spec.storage_bytes.is_some() {
+            disks.push(rootfs::open_writable(&home.writable_path())?);
+        }
+        let sockets = launch.run.create(&record.id)?;
+        let mut vmm = Vmm::spawn(&components.vmm, &record.id, record.jail_uid())?;
+        let ready = boot(&sockets, &mut vmm, components, &record.spec, disks)?;
         timing.vm_setup_us = microseconds(stopwatch.lap());
+        // While the guest boots.
+        record.run = Some(RunInfo {
+            vmm: Some(vmm.identity),
+            ..RunInfo::of_this_process()?
+        });
+        home.write(record)?;
 
         let deadline = Instant::now() + READY_TIMEOUT;
-        if vmm.watch(ready.as_fd(), options.signals, deadline)? == Watched::TimedOut {
+        if vmm.watch(ready.as_fd(), Some(launch.cancel), deadline)? == Watched::TimedOut {
             let diagnosis = vmm.diagnosis();
             return Err(SandboxError::AgentTimeout {
                 timeout: READY_TIMEOUT,
@@ -180,77 +157,67 @@ impl Sandbox {
             });
         }
         let boot_us = microseconds(stopwatch.lap());
-        let (rpc, streams) = ProcessStreams::open_with(
-            || dir.connect_vsock(),
-            RPC_PORT,
-            (record.id.as_str(), ""),
-            &spec.process,
-        )?;
+        let process = process_ref(record.id.as_str(), "");
+        let connect = || sockets.connect_vsock();
+        let ids = (record.id.as_str(), "");
+        let (rpc, streams) = ProcessStreams::open_with(connect, RPC_PORT, ids, &record.spec.process)?;
         let mut agent = AgentClient::new(rpc);
-        // Both under way at once: one round trip. A version that doesn't fit fails the first.
+        // All under way at once, and handled in order: one round trip. Whichever fails first says why.
         let connect = agent.send_connect(true)?;
-        let create = agent.send::<CreateContainer>(&spec.for_agent(&record.id))?;
+        let create = agent.send::<CreateContainer>(&record.spec.for_agent(&record.id))?;
+        let start = agent.send::<StartProcess>(&process)?;
+        let exit = agent.send::<WaitProcess>(&process)?;
         let hello = agent.finish_connect(&connect)?;
         split_boot(&mut timing, boot_us, &hello);
         agent.wait(&create, Some(CALL_TIMEOUT))?;
-        record.status = Status::Created;
-        dir.write(&record)?;
-        tracing::debug!(id = %record.id, kernel = hello.kernel_release, agent = hello.agent_version, "created");
+        agent.wait(&start, Some(CALL_TIMEOUT))?;
+        timing.container_us = microseconds(stopwatch.lap());
+        record.status = Status::Running;
+        record.started_ms = Some(now_ms());
+        (
+            record.finished_ms,
+            record.exit_code,
+            record.oom_killed,
+            record.error,
+        ) = (None, None, false, None);
+        home.write(record)?;
+        tracing::debug!(id = %record.id, kernel = hello.kernel_release, agent = hello.agent_version, "started");
         Ok(Self {
             agent,
             vmm,
-            dir,
-            record,
-            process: spec.process.clone(),
+            sockets,
             streams: Some(streams),
+            exit,
             timing,
             stopwatch,
+            keeps_files: record.spec.storage_bytes.is_some(),
         })
     }
 
-    /// What is known of it.
-    #[must_use]
-    pub fn record(&self) -> &SandboxRecord {
-        &self.record
+    /// The time since the last step.
+    pub(crate) fn lap_us(&mut self) -> u64 {
+        microseconds(self.stopwatch.lap())
     }
 
-    /// Starts the container's first process, attached, and waits until it has exited.
-    ///
-    /// # Errors
-    ///
-    /// The process can't be started, the microVM stopped, or a signal asked three times to give up.
-    pub fn run(&mut self, options: AttachOptions<'_>) -> Result<ExitStatus> {
-        let id = self.record.id.as_str();
-        let streams = self
-            .streams
-            .take()
-            .ok_or_else(|| SandboxError::NotRunning { name: id.to_owned() })?;
-        let attached = Attached::start(&mut self.agent, process_ref(id, ""), streams, &self.process)?;
-        self.timing.container_us = microseconds(self.stopwatch.lap());
-        self.record.status = Status::Running;
-        self.record.started_ms = Some(now_ms());
-        self.dir.write(&self.record)?;
-        let exit = attached.drive(&mut self.agent, Some(&mut self.vmm), options)?;
-        self.timing.run_us = microseconds(self.stopwatch.lap());
-        Ok(exit)
+    /// Lets the microVM end; [`MicroVm::finish`] waits for it. A guest whose files are kept switches itself off, when
+    /// they are on the disk.
+    pub(crate) fn begin_end(&mut self) {
+        if !self.keeps_files || !self.power_off() {
+            self.vmm.kill();
+        }
     }
 
-    /// The VMM's counters.
-    ///
-    /// # Errors
-    ///
-    /// The VMM doesn't answer.
-    pub fn vmm_metrics(&mut self) -> Result<Box<vmm_api::MetricsReport>> {
-        self.vmm.metrics()
+    fn power_off(&mut self) -> bool {
+        let asked = self.agent.send::<Shutdown>(&agent_protocol::Empty::default());
+        asked.is_ok() && self.vmm.wait_exited(POWER_OFF_PATIENCE)
     }
 
-    /// Ends the microVM, removes what belonged to it, and says how long everything took.
-    #[must_use]
-    pub fn remove(self) -> Timing {
+    /// Waits for the end of the microVM, removes what belonged to it, and says how long everything took.
+    pub(crate) fn finish(self) -> Timing {
         let Self {
             agent,
             mut vmm,
-            dir,
+            sockets,
             mut timing,
             mut stopwatch,
             ..
@@ -258,7 +225,7 @@ impl Sandbox {
         drop(agent);
         vmm.end();
         drop(vmm);
-        drop(dir);
+        drop(sockets);
         timing.teardown_us = microseconds(stopwatch.lap());
         timing
     }
@@ -270,71 +237,6 @@ fn split_boot(timing: &mut Timing, boot_us: u64, hello: &ConnectResponse) {
     // What a guest says about time is not trusted beyond what the host saw.
     timing.agent_us = agent_us.min(boot_us);
     timing.kernel_us = boot_us - timing.agent_us;
-}
-
-impl Runtime {
-    /// Connects to the agent of a running sandbox.
-    pub(crate) fn connect_agent(&self, record: &SandboxRecord) -> Result<AgentClient> {
-        let not_running = || SandboxError::NotRunning {
-            name: record.name.clone(),
-        };
-        if record.status != Status::Running {
-            return Err(not_running());
-        }
-        let connected = connect_ports(|| self.run.connect_vsock(&record.id), &[RPC_PORT]);
-        let rpc = connected
-            .map(|mut streams| streams.pop())
-            .unwrap_or_else(|error| {
-                tracing::debug!(%error, "connecting to the agent");
-                None
-            });
-        let mut agent = AgentClient::new(rpc.ok_or_else(not_running)?);
-        let connect = agent.send_connect(false)?;
-        agent.finish_connect(&connect)?;
-        Ok(agent)
-    }
-
-    /// Sends a signal to a container's first process, or to all of them.
-    ///
-    /// # Errors
-    ///
-    /// The container isn't running.
-    pub fn signal(&self, record: &SandboxRecord, signal: i32, all: bool) -> Result<()> {
-        let mut agent = self.connect_agent(record)?;
-        send_signal(&mut agent, &process_ref(record.id.as_str(), ""), signal, all)
-    }
-
-    /// A container's statistics, as its guest counts them.
-    ///
-    /// # Errors
-    ///
-    /// The container isn't running.
-    pub fn stats(&self, record: &SandboxRecord) -> Result<StatsResponse> {
-        let container_id = record.id.as_str().to_owned();
-        self.connect_agent(record)?.call::<GetStats>(&ContainerRef {
-            container_id,
-            ..ContainerRef::default()
-        })
-    }
-
-    /// Waits until a sandbox has been removed by its owner; false if it hasn't in time.
-    #[must_use]
-    pub fn wait_removed(&self, record: &SandboxRecord, timeout: Duration) -> bool {
-        let deadline = Instant::now() + timeout;
-        // The VMM ends before the directory goes; the rest is a matter of milliseconds.
-        if let Some(vmm) = record.vmm.and_then(ProcessIdentity::open)
-            && !vmm.wait_exited(timeout)
-        {
-            return false;
-        }
-        while self.run.read(&record.id).is_ok_and(|found| found.is_some()) {
-            if Instant::now() >= deadline {
-                return false;
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        true
-    }
 }
 
 /// Checks that this host can run microVMs at all.

@@ -5,14 +5,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::{Result, SandboxError};
 
 /// The two directories Hull keeps things in.
 #[derive(Debug, Clone)]
 pub struct Directories {
-    /// Images; survives a reboot. `HULL_ROOT`.
+    /// Images and containers; survives a reboot. `HULL_ROOT`.
     pub root: PathBuf,
-    /// Running sandboxes; doesn't. `HULL_RUNTIME_DIR`.
+    /// What belongs to running containers; doesn't. `HULL_RUNTIME_DIR`.
     pub run: PathBuf,
 }
 
@@ -21,6 +23,10 @@ fn home_relative(variable: &str, below_home: &str) -> Option<PathBuf> {
         .map(PathBuf::from)
         .filter(|path| path.is_absolute());
     from_variable.or_else(|| env::home_dir().map(|home| home.join(below_home)))
+}
+
+fn absolute(path: PathBuf) -> PathBuf {
+    std::path::absolute(&path).unwrap_or(path)
 }
 
 impl Directories {
@@ -42,12 +48,17 @@ impl Directories {
             Some(run) if !privileged => run.join("hull"),
             _ => PathBuf::from("/run/hull"),
         });
-        Self { root, run }
+        // A monitor works in another folder than its client.
+        Self {
+            root: absolute(root),
+            run: absolute(run),
+        }
     }
 }
 
 /// The parts of the installation a sandbox is made of.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Components {
     /// The VMM's program. `HULL_VMM`.
     pub vmm: PathBuf,
@@ -145,7 +156,7 @@ fn find(
         let given = PathBuf::from(given);
         // A wrong override is an error; falling back would run something else than was asked for.
         return if given.is_file() {
-            Ok(given)
+            Ok(absolute(given))
         } else {
             Err(missing(format!("{variable}={}", given.display())))
         };

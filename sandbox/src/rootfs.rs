@@ -1,15 +1,20 @@
 //! A container's root filesystem, as the host sees it: which files become which disks of the microVM.
 
-use std::{fs::File, path::PathBuf};
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+};
 
 use agent_protocol::rootfs::Upper;
-use rootfs_builder::PreparedImage;
+use rootfs_builder::{PreparedImage, Store};
 use serde::{Deserialize, Serialize};
 
 use crate::{Result, SandboxError, vmm_client::Disk};
 
 /// Serial number of the microVM's own root, the agent's image.
 const AGENT_SERIAL: &str = "hull-agent";
+/// Serial number of the disk that holds the writable layer.
+const WRITABLE_SERIAL: &str = "writable";
 /// Layers of one image: one disk each, beside the microVM's other devices.
 pub const MAX_LAYERS: usize = 15;
 
@@ -24,6 +29,43 @@ pub struct RootfsSpec {
     pub root_uid: u32,
     /// Group of the root directory.
     pub root_gid: u32,
+}
+
+/// Where the writable layer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Writable {
+    /// In the microVM's memory.
+    Memory {
+        /// How much it may hold.
+        bytes: u64,
+    },
+    /// On a disk of its own.
+    Disk,
+}
+
+/// Makes the disk of a container's writable layer: sparse, with a filesystem on it.
+pub(crate) fn create_writable(root: &Path, path: &Path, bytes: u64) -> Result<()> {
+    let create = || {
+        let size = rootfs_builder::writable::Size::new(bytes)?;
+        Store::open(root)?.create_writable(path, size)?;
+        Ok(())
+    };
+    create()
+        .map_err(|source: Box<dyn std::error::Error + Send + Sync>| SandboxError::WritableLayer { source })
+}
+
+/// Opens the disk of a container's writable layer.
+pub(crate) fn open_writable(path: &Path) -> Result<Disk> {
+    let image = File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .map_err(SandboxError::io("opening", path))?;
+    Ok(Disk {
+        serial: WRITABLE_SERIAL.to_owned(),
+        image,
+        read_only: false,
+    })
 }
 
 impl From<&PreparedImage> for RootfsSpec {
@@ -67,11 +109,15 @@ impl RootfsSpec {
         (0..self.layers.len()).map(|index| format!("layer{index}"))
     }
 
-    /// What the agent is told, with a writable layer in memory.
-    pub(crate) fn for_agent(&self, read_only: bool, writable_bytes: u64) -> agent_protocol::Rootfs {
+    /// What the agent is told.
+    pub(crate) fn for_agent(&self, read_only: bool, writable: Writable) -> agent_protocol::Rootfs {
+        let upper = match writable {
+            Writable::Memory { bytes } => Upper::TmpfsBytes(bytes),
+            Writable::Disk => Upper::BlockSerial(WRITABLE_SERIAL.into()),
+        };
         agent_protocol::Rootfs {
             layer_serials: self.layer_serials().collect(),
-            upper: Some(Upper::TmpfsBytes(writable_bytes)),
+            upper: Some(upper),
             read_only,
             root_mode: self.root_mode,
             root_uid: self.root_uid,

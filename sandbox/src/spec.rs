@@ -13,7 +13,7 @@ use crate::{
     confinement::{Confinement, DeviceSpec},
     defaults,
     log_driver::LogConfig,
-    rootfs::RootfsSpec,
+    rootfs::{RootfsSpec, Writable},
 };
 
 /// Smallest memory a microVM boots with.
@@ -230,10 +230,15 @@ impl ContainerSpec {
         self.hostname.clone().unwrap_or_else(|| id.short().to_owned())
     }
 
-    /// How much the writable layer may hold: half of the microVM's memory, so that a full one is an error of
-    /// the writer and not the end of a process.
-    fn writable_bytes(&self) -> u64 {
-        self.memory_mib.saturating_mul(1 << 20) / 2
+    /// Where its files go. In memory it may hold half of the microVM's, so that a full one is an error of the writer
+    /// and not the end of a process.
+    fn writable(&self) -> Writable {
+        match self.storage_bytes {
+            Some(_) => Writable::Disk,
+            None => Writable::Memory {
+                bytes: self.memory_mib.saturating_mul(1 << 20) / 2,
+            },
+        }
     }
 
     pub(crate) fn for_agent(&self, id: &SandboxId) -> CreateContainerRequest {
@@ -269,7 +274,7 @@ impl ContainerSpec {
         };
         CreateContainerRequest {
             container_id: id.as_str().to_owned(),
-            rootfs: Some(self.rootfs.for_agent(self.read_only, self.writable_bytes())).into(),
+            rootfs: Some(self.rootfs.for_agent(self.read_only, self.writable())).into(),
             mounts,
             process: Some(process).into(),
             masked_paths: defaults::MASKED_PATHS.map(str::to_owned).to_vec(),

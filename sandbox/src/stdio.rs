@@ -5,10 +5,7 @@
 use std::{
     io::{self, ErrorKind, Read as _, Write as _},
     net::Shutdown,
-    os::{
-        fd::{AsFd, BorrowedFd},
-        unix::net::UnixStream,
-    },
+    os::{fd::BorrowedFd, unix::net::UnixStream},
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -20,7 +17,10 @@ use agent_protocol::{
 };
 use rustix::io::Errno;
 
-use crate::{Result, SandboxError, spec::ProcessSpec};
+use crate::{
+    DetachKeys, Result, SandboxError, detach_keys::KeyFilter, log_driver::OutputStream, session::Input,
+    spec::ProcessSpec,
+};
 
 /// How long the VMM and the agent may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -127,8 +127,22 @@ impl ProcessStreams {
         Ok((first, streams))
     }
 
-    /// Starts to move bytes between the streams and this process's own.
-    pub(crate) fn start(self, forward_stdin: bool) -> Result<Pumps> {
+    /// The process's input, and its outputs as a log names them.
+    pub(crate) fn into_parts(self) -> (Option<UnixStream>, Vec<(OutputStream, UnixStream)>) {
+        let kind = |stream| match stream {
+            Stream::Stderr => OutputStream::Stderr,
+            _ => OutputStream::Stdout,
+        };
+        let outputs = self
+            .outputs
+            .into_iter()
+            .map(|(stream, socket)| (kind(stream), socket));
+        (self.input, outputs.collect())
+    }
+
+    /// Starts to move bytes between the streams and this process's own; stdin's with the keys that detach, if it is a
+    /// terminal's.
+    pub(crate) fn start(self, forward_stdin: bool, keys: Option<DetachKeys>) -> Result<Pumps> {
         let (sender, finished) = mpsc::channel();
         let count = self.outputs.len();
         for (kind, stream) in self.outputs {
@@ -142,14 +156,19 @@ impl ProcessStreams {
                 let _ = sender.send(());
             })?;
         }
-        if let Some(input) = self.input
-            && forward_stdin
-        {
-            spawn("input", move || copy_input(&input))?;
-        }
+        let input = self.input.filter(|_| forward_stdin).map(|stream| {
+            Input {
+                stream,
+                keys: keys.map(KeyFilter::new),
+                ends: true,
+            }
+            .spawn()
+        });
+        let detached = input.transpose()?;
         Ok(Pumps {
             finished,
             running: count,
+            detached,
         })
     }
 }
@@ -167,6 +186,8 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
 pub(crate) struct Pumps {
     finished: mpsc::Receiver<()>,
     running: usize,
+    /// Readable when the user detaches.
+    pub(crate) detached: Option<UnixStream>,
 }
 
 impl Pumps {
@@ -210,7 +231,7 @@ fn wait_writable(target: BorrowedFd<'_>) -> std::result::Result<(), Errno> {
     }
 }
 
-fn copy_output(mut stream: &UnixStream, target: BorrowedFd<'_>) {
+pub(crate) fn copy_output(mut stream: &UnixStream, target: BorrowedFd<'_>) {
     let mut buffer = vec![0; BUFFER_BYTES];
     loop {
         match stream.read(&mut buffer) {
@@ -226,29 +247,6 @@ fn copy_output(mut stream: &UnixStream, target: BorrowedFd<'_>) {
             Err(_) => return,
         }
     }
-}
-
-fn copy_input(stream: &UnixStream) {
-    let stdin = rustix::stdio::stdin();
-    let mut buffer = vec![0; BUFFER_BYTES];
-    loop {
-        match rustix::io::read(stdin, &mut buffer) {
-            Ok(0) => break,
-            Ok(length) => {
-                if write_all(stream.as_fd(), &buffer[..length]).is_err() {
-                    return;
-                }
-            }
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => {
-                if crate::wait::readable(stdin, None).is_err() {
-                    break;
-                }
-            }
-            Err(_) => break,
-        }
-    }
-    drop(stream.shutdown(Shutdown::Write));
 }
 
 #[cfg(test)]
@@ -279,7 +277,11 @@ mod tests {
     #[test]
     fn all_output_arrives_before_it_counts_as_finished() {
         let (sender, finished) = mpsc::channel();
-        let mut pumps = Pumps { finished, running: 2 };
+        let mut pumps = Pumps {
+            finished,
+            running: 2,
+            detached: None,
+        };
         sender.send(()).unwrap();
         pumps.finish(Some(Duration::from_millis(5)));
         assert_eq!(pumps.running, 1);

@@ -24,11 +24,11 @@ use rustix::{
 };
 use vmm_api::{
     BalloonConfig, BlkConfig, BootProtocol, Client, ClientError, Event, GuestPortConfig, HugePages, IoEngine,
-    MetricsReport, RequestBody, ResourceRef, ResponseBody, SerialConfig, VmConfig, VsockConfig,
+    RequestBody, ResourceRef, ResponseBody, SerialConfig, VmConfig, VsockConfig,
 };
 
 use crate::{
-    Result, SandboxError, SandboxId, Signals,
+    Result, SandboxError, SandboxId,
     process_handle::{ProcessHandle, ProcessIdentity},
     wait,
 };
@@ -165,28 +165,28 @@ impl Vmm {
         Ok(())
     }
 
-    /// Waits until `fd` is readable, as long as the microVM lives and no signal asks to give up.
+    /// Waits until `fd` is readable, as long as the microVM lives and nobody gives up.
     pub(crate) fn watch(
         &mut self,
         fd: BorrowedFd<'_>,
-        signals: Option<&Signals>,
+        cancel: Option<BorrowedFd<'_>>,
         deadline: Instant,
     ) -> Result<Watched> {
         loop {
             let never = fd;
-            let [ready, stopped, exited, said, signalled] = wait::any_readable(
+            let [ready, stopped, exited, said, cancelled] = wait::any_readable(
                 [
                     fd,
                     self.control.as_stream().as_fd(),
                     self.process.as_fd(),
                     self.stderr.as_fd(),
-                    signals.map_or(never, AsFd::as_fd),
+                    cancel.unwrap_or(never),
                 ],
                 Some(deadline),
             )
             .map_err(SandboxError::system("waiting for the microVM"))?;
-            if signalled && let Some(signal) = signals.and_then(Signals::interruption) {
-                return Err(SandboxError::Interrupted { signal });
+            if cancel.is_some() && cancelled {
+                return Err(SandboxError::Cancelled);
             }
             if ready {
                 return Ok(Watched::Readable);
@@ -216,16 +216,6 @@ impl Vmm {
         }
     }
 
-    /// The counters.
-    pub(crate) fn metrics(&mut self) -> Result<Box<MetricsReport>> {
-        match self.call(RequestBody::Metrics, &[])? {
-            ResponseBody::Metrics(report) => Ok(report),
-            _ => Err(SandboxError::Vmm {
-                source: ClientError::Closed,
-            }),
-        }
-    }
-
     pub(crate) fn drain_stderr(&mut self) {
         let mut buffer = [0; 4096];
         while let Ok(length @ 1..) = self.stderr.read(&mut buffer) {
@@ -241,17 +231,36 @@ impl Vmm {
         last_lines(&self.kept_stderr)
     }
 
+    /// Stops all vCPUs.
+    pub(crate) fn pause(&mut self) -> Result<()> {
+        self.call(RequestBody::Pause, &[]).map(drop)
+    }
+
+    /// Lets them run again.
+    pub(crate) fn resume(&mut self) -> Result<()> {
+        self.call(RequestBody::Resume, &[]).map(drop)
+    }
+
+    /// Ends the microVM and the process at once, without waiting for it.
+    pub(crate) fn kill(&mut self) {
+        if let Err(errno) = self.process.kill() {
+            tracing::warn!(pid = self.identity.pid, %errno, "can't kill a VMM");
+        }
+    }
+
+    /// Waits until the process has exited; false if it hasn't in time.
+    pub(crate) fn wait_exited(&self, timeout: Duration) -> bool {
+        self.process.wait_exited(timeout)
+    }
+
     /// Ends the microVM and the process, by force if it must be.
     pub(crate) fn end(&mut self) {
         if self.ended {
             return;
         }
         self.ended = true;
-        self.control.set_timeout(Some(END_PATIENCE));
-        let asked = self.control.call(RequestBody::Shutdown, &[]);
-        if asked.is_err() || !self.process.wait_exited(END_PATIENCE) {
-            let _ = self.process.kill();
-        }
+        // It holds nothing that would have to be written first, and is gone soonest so.
+        self.kill();
         drop(self.child.wait());
     }
 }
@@ -357,7 +366,8 @@ pub(crate) fn check_kvm() -> Result<()> {
         ),
         io::ErrorKind::PermissionDenied => (
             "permission denied".to_owned(),
-            "add yourself to the kvm group, or run as root",
+            "join the group that owns it (`usermod -aG kvm $USER`, then log in again); where it belongs to root alone, \
+             the udev rule KERNEL==\"kvm\", GROUP=\"kvm\", MODE=\"0660\" gives it to that group",
         ),
         _ => (error.to_string(), "run `hull doctor`"),
     };

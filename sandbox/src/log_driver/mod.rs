@@ -1,10 +1,21 @@
 //! Where a container's output is kept.
 //!
-//! [`LogConfig`] is what a user asks for and what a container's record keeps.
+//! [`LogConfig`] is what a user asks for and what a container's record keeps; [`LogWriter`] writes it, in the monitor.
+//!
+//! Invariant: a log that can't be written never stops a container. It is tried again with every output, and its user is
+//! told once.
+
+mod journald;
+mod json_file;
+mod lines;
+
+use std::{io, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Result, SandboxError};
+use crate::{ContainerRecord, Result, SandboxError};
+
+use self::{journald::Journald, json_file::JsonFile, lines::LineBuffer};
 
 /// How large one log file may grow unless told otherwise: with [`DEFAULT_MAX_FILES`], what a container that
 /// prints for ever takes of the disk.
@@ -118,6 +129,122 @@ impl LogConfig {
             Self::Journald { .. } => "journald",
             Self::None => "none",
         }
+    }
+}
+
+/// Which output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OutputStream {
+    /// Of a terminal, too.
+    Stdout,
+    Stderr,
+}
+
+impl OutputStream {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Stdout => "stdout",
+            Self::Stderr => "stderr",
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Driver {
+    JsonFile(JsonFile),
+    Journald(Journald),
+    None,
+}
+
+/// Writes a container's output to where its user wants it kept.
+#[derive(Debug)]
+pub(crate) struct LogWriter {
+    driver: Driver,
+    stdout: LineBuffer,
+    stderr: LineBuffer,
+    failed: bool,
+}
+
+impl LogWriter {
+    /// Opens the log of a container; `path` is for drivers that write files.
+    pub(crate) fn open(record: &ContainerRecord, path: &Path) -> Result<Self> {
+        let driver = match &record.spec.log {
+            LogConfig::JsonFile { max_bytes, max_files } => Driver::JsonFile(
+                JsonFile::open(path, *max_bytes, *max_files)
+                    .map_err(SandboxError::io("opening the log", path))?,
+            ),
+            LogConfig::Journald { tag } => Driver::Journald(Journald::connect(
+                Path::new(journald::SOCKET),
+                record,
+                tag.as_deref(),
+            )?),
+            LogConfig::None => Driver::None,
+        };
+        Ok(Self::with(driver))
+    }
+
+    /// A log that keeps nothing.
+    pub(crate) fn nowhere() -> Self {
+        Self::with(Driver::None)
+    }
+
+    fn with(driver: Driver) -> Self {
+        Self {
+            driver,
+            stdout: LineBuffer::default(),
+            stderr: LineBuffer::default(),
+            failed: false,
+        }
+    }
+
+    /// Keeps output. The first failure since the log was last written is returned, for people to be told.
+    pub(crate) fn write(&mut self, stream: OutputStream, bytes: &[u8]) -> Option<io::Error> {
+        let mut lines = std::mem::take(match stream {
+            OutputStream::Stdout => &mut self.stdout,
+            OutputStream::Stderr => &mut self.stderr,
+        });
+        let failure = self.write_pieces(stream, |take| lines.push(bytes, take));
+        match stream {
+            OutputStream::Stdout => self.stdout = lines,
+            OutputStream::Stderr => self.stderr = lines,
+        }
+        failure
+    }
+
+    /// Keeps what is left of both streams' last lines.
+    pub(crate) fn finish(&mut self) -> Option<io::Error> {
+        let (mut stdout, mut stderr) = (std::mem::take(&mut self.stdout), std::mem::take(&mut self.stderr));
+        let first = self.write_pieces(OutputStream::Stdout, |take| stdout.finish(take));
+        let second = self.write_pieces(OutputStream::Stderr, |take| stderr.finish(take));
+        first.or(second)
+    }
+
+    fn write_pieces(
+        &mut self,
+        stream: OutputStream,
+        pieces: impl FnOnce(&mut dyn FnMut(&[u8])),
+    ) -> Option<io::Error> {
+        let result = match &mut self.driver {
+            Driver::None => return None,
+            Driver::JsonFile(file) => {
+                let time = jiff::Timestamp::now().to_string();
+                let mut encoded = Vec::new();
+                pieces(&mut |piece| json_file::encode(&mut encoded, stream.name(), &time, piece));
+                file.write(&encoded)
+            }
+            Driver::Journald(journal) => {
+                let mut result = Ok(());
+                let is_stderr = stream == OutputStream::Stderr;
+                pieces(&mut |piece| {
+                    if let Err(error) = journal.write(is_stderr, piece) {
+                        result = Err(error);
+                    }
+                });
+                result
+            }
+        };
+        let had_failed = std::mem::replace(&mut self.failed, result.is_err());
+        result.err().filter(|_| !had_failed)
     }
 }
 
