@@ -3,11 +3,17 @@
 //! Run it through `cargo xtask bench`, which builds what is measured as it is shipped and says where it is.
 
 mod boot;
+mod bundle;
+mod density;
 mod guest;
 mod harness;
 mod idle;
 mod report;
+mod run;
 mod stats;
+mod stdio;
+mod workloads;
+mod world;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -31,6 +37,16 @@ enum Verb {
     Boot(boot::BootArgs),
     /// What a microVM costs that does nothing, beside QEMU microvm on the same kernel
     Idle(idle::IdleArgs),
+    /// A whole `hull run` of a trivial command, beside runc, crun and QEMU microvm on the same files
+    Run(run::RunArgs),
+    /// A whole `hull exec` of a trivial command, beside runc and crun
+    Exec(run::ExecArgs),
+    /// Real programs' own figures, beside runc on the same images
+    Workloads(workloads::WorkloadsArgs),
+    /// What an idle container costs in memory, for one and for many
+    Density(density::DensityArgs),
+    /// How fast bytes go into and out of a container, beside runc
+    Stdio(stdio::StdioArgs),
 }
 
 fn main() -> ExitCode {
@@ -38,6 +54,11 @@ fn main() -> ExitCode {
     let outcome = match &cli.verb {
         Verb::Boot(args) => boot::run(args, &cli.out),
         Verb::Idle(args) => idle::run(args, &cli.out),
+        Verb::Run(args) => run::run(args, &cli.out),
+        Verb::Exec(args) => run::exec(args, &cli.out),
+        Verb::Workloads(args) => workloads::run(args, &cli.out),
+        Verb::Density(args) => density::run(args, &cli.out),
+        Verb::Stdio(args) => stdio::run(args, &cli.out),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
