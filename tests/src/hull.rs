@@ -91,6 +91,7 @@ impl Hull {
             images: variable("HULL_TEST_IMAGES"),
             root: tempfile::tempdir().expect("a temporary folder"),
         };
+        fs::create_dir(hull.temporary_dir()).expect("a folder of our own");
         for image in images {
             let outcome = hull.run(&["import", &hull.layout(image), image]);
             assert_eq!(outcome.code(), 0, "import of {image} failed: {outcome:?}");
@@ -103,6 +104,11 @@ impl Hull {
         format!("oci:{}:latest", self.images.join(image).display())
     }
 
+    /// The folder everything of this world lies below.
+    pub fn root_dir(&self) -> &Path {
+        self.root.path()
+    }
+
     /// Where this world keeps its run-time state.
     pub fn runtime_dir(&self) -> PathBuf {
         self.root.path().join("run")
@@ -113,6 +119,11 @@ impl Hull {
         self.root.path().join("store")
     }
 
+    /// Where this world's programs put temporary files.
+    pub fn temporary_dir(&self) -> PathBuf {
+        self.root.path().join("tmp")
+    }
+
     /// `hull ARGUMENTS`, not started yet.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
@@ -120,6 +131,7 @@ impl Hull {
             .args(arguments)
             .env("HULL_ROOT", self.store_dir())
             .env("HULL_RUNTIME_DIR", self.runtime_dir())
+            .env("TMPDIR", self.temporary_dir())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
@@ -178,6 +190,15 @@ impl Hull {
             .collect()
     }
 
+    /// The monitors of this world: one process a running container, which outlives the command that started it.
+    pub fn monitors(&self) -> Vec<i32> {
+        self.processes()
+            .into_iter()
+            .filter(|(_, line)| line.split_whitespace().nth(1) == Some("monitor"))
+            .map(|(pid, _)| pid)
+            .collect()
+    }
+
     /// Everything that should not be there once no container runs. Empty is good.
     pub fn leftovers(&self) -> Vec<String> {
         let mut found: Vec<String> = self
@@ -194,6 +215,7 @@ impl Hull {
                 .map(|line| format!("mount {line}")),
         );
         files_below(&self.runtime_dir(), &mut found);
+        files_below(&self.temporary_dir(), &mut found);
         found
     }
 

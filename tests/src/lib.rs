@@ -3,6 +3,7 @@
 //! Owner: `cargo xtask test`, which builds the products and names them in the environment. Nothing here is linked by a
 //! product.
 
+pub mod footprint;
 pub mod hull;
 pub mod initramfs;
 pub mod kernel_guest;

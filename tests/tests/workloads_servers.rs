@@ -144,7 +144,7 @@ psql -U postgres -At -c "select (select sum(abalance) from pgbench_accounts) = (
 psql -U postgres -At -c "create table t as select i, md5(i::text) as m from generate_series(1, 20000) i" -c "create index on t (m)" \
   -c "select md5(string_agg(m, '' order by m)), count(distinct m) from t" -c "select round(sum(sqrt(i))::numeric, 6) from t"
 pg_ctl -w -m immediate stop >/dev/null
-pg_ctl -w -t 80 -l /tmp/log start >/dev/null || { cat /tmp/log >&2; exit 1; }
+pg_ctl -w -t 80 -l /tmp/log -o '-c listen_addresses=' start >/dev/null || { cat /tmp/log >&2; exit 1; }
 psql -U postgres -At -c "select count(*) from t" -c "select count(*) from pgbench_history"
 grep -c 'database system was not properly shut down' /tmp/log
 pg_ctl -w -m fast stop >/dev/null; pg_controldata | grep 'cluster state'
