@@ -35,7 +35,8 @@ impl AuthFile {
             Some(file) => vec![file],
             None => {
                 let podman = variable("XDG_RUNTIME_DIR").map(|dir| dir.join("containers/auth.json"));
-                let docker = variable("DOCKER_CONFIG").or_else(|| Some(std::env::home_dir()?.join(".docker")));
+                let docker =
+                    variable("DOCKER_CONFIG").or_else(|| Some(std::env::home_dir()?.join(".docker")));
                 let docker = docker.map(|dir| dir.join("config.json"));
                 podman.into_iter().chain(docker).collect()
             }
@@ -127,7 +128,10 @@ impl AuthFile {
         serde_json::to_writer_pretty(&mut file, content).with_context(shown)?;
         file.write_all(b"\n").with_context(shown)?;
         file.as_file().sync_all().with_context(shown)?;
-        let _: File = file.persist(&path).map_err(|error| error.error).with_context(shown)?;
+        let _: File = file
+            .persist(&path)
+            .map_err(|error| error.error)
+            .with_context(shown)?;
         Ok(())
     }
 }

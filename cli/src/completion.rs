@@ -60,12 +60,15 @@ pub fn answer<C: CommandFactory>() {
         .complete();
 }
 
+/// What an argument may be.
+type Candidates = fn() -> Vec<CompletionCandidate>;
+
 /// Lets arguments that are names be completed by the names there are.
 fn with_names(command: Command) -> Command {
-    let arguments: Vec<(clap::Id, fn() -> Vec<CompletionCandidate>)> = command
+    let arguments: Vec<(clap::Id, Candidates)> = command
         .get_arguments()
         .filter_map(|argument| {
-            let candidates: fn() -> Vec<CompletionCandidate> = match argument.get_id().as_str() {
+            let candidates: Candidates = match argument.get_id().as_str() {
                 "container" | "containers" | "container_and_command" | "names" => containers,
                 "image" | "images" | "image_and_command" => images,
                 _ => return None,
@@ -75,9 +78,7 @@ fn with_names(command: Command) -> Command {
         .collect();
     let mut command = command;
     for (id, candidates) in arguments {
-        command = command.mut_arg(id, |argument| {
-            argument.add(ArgValueCandidates::new(candidates))
-        });
+        command = command.mut_arg(id, |argument| argument.add(ArgValueCandidates::new(candidates)));
     }
     let verbs: Vec<String> = command
         .get_subcommands()

@@ -169,7 +169,7 @@ fn compile(text: &str) -> anyhow::Result<Template> {
     template.add_func("lower", |arguments| text_function(arguments, str::to_lowercase));
     template
         .parse(text)
-        .map_err(|error| anyhow::anyhow!("{error}"))
+        .map_err(|error| anyhow::anyhow!("{}", output::printable(&error.to_string())))
         .with_context(|| format!("--format {text:?}"))?;
     Ok(template)
 }
@@ -272,7 +272,10 @@ mod tests {
     fn templates_are_those_people_write_for_docker() {
         for (template, text) in [
             ("{{.State.Status}}", "running"),
-            ("{{json .State}}", r#"{"Pid":12,"Running":true,"Status":"running"}"#),
+            (
+                "{{json .State}}",
+                r#"{"Pid":12,"Running":true,"Status":"running"}"#,
+            ),
             ("{{range .Names}}{{.}},{{end}}", "a,b,"),
             ("{{index .Labels \"x.y\"}}", "z"),
             ("{{if .State.Running}}up{{else}}down{{end}}", "up"),

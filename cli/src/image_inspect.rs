@@ -118,6 +118,8 @@ impl ImageInspect {
     /// Prints them.
     pub fn execute(self) -> anyhow::Result<u8> {
         let store = image::open_store(&Directories::from_environment())?;
-        inspect::print(&self.images, self.format.as_deref(), |name| describe(&store, name))
+        inspect::print(&self.images, self.format.as_deref(), |name| {
+            describe(&store, name)
+        })
     }
 }

@@ -83,10 +83,7 @@ fn matches(pattern: &[u8], text: &[u8]) -> bool {
     match pattern.split_first() {
         None => text.is_empty(),
         Some((b'*', rest)) => {
-            let reach = text
-                .iter()
-                .position(|byte| *byte == b'/')
-                .unwrap_or(text.len());
+            let reach = text.iter().position(|byte| *byte == b'/').unwrap_or(text.len());
             (0..=reach).any(|taken| matches(rest, &text[taken..]))
         }
         Some((byte, rest)) => text

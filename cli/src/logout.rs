@@ -36,7 +36,9 @@ impl Logout {
             bail!("not logged in to {host}");
         }
         if Credentials::find(host).is_ok_and(|found| found.is_some()) {
-            bail!("credentials for {host} are still found: a credential helper or REGISTRY_AUTH_FILE has them");
+            bail!(
+                "credentials for {host} are still found: a credential helper or REGISTRY_AUTH_FILE has them"
+            );
         }
         println!("Removed login credentials for {host}");
         Ok(0)

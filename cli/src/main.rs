@@ -48,6 +48,7 @@ mod stats;
 mod stop;
 mod terminal;
 mod times;
+mod top;
 mod version;
 mod wait;
 
@@ -95,6 +96,8 @@ enum Verb {
     Tag(image_tag::Tag),
     Rmi(rmi::Rmi),
     Image(image_command::Image),
+    Prune(prune::Prune),
+    Top(top::Top),
     Login(login::Login),
     Logout(logout::Logout),
     Doctor(doctor::Doctor),
@@ -157,6 +160,8 @@ fn main() -> ExitCode {
         Verb::Tag(tag) => (tag.execute(), |_| 1),
         Verb::Rmi(rmi) => (rmi.execute(), |_| 1),
         Verb::Image(image) => (image.execute(), |_| 1),
+        Verb::Prune(prune) => (prune.execute(), |_| 1),
+        Verb::Top(top) => (top.execute(), |_| 1),
         Verb::Login(login) => (login.execute(), |_| 1),
         Verb::Logout(logout) => (logout.execute(), |_| 1),
         Verb::Doctor(doctor) => (doctor.execute(), |_| 1),

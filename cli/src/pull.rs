@@ -106,7 +106,10 @@ impl Pull {
         if let Some(platform) = &self.platform
             && !own_platforms().contains(&platform.as_str())
         {
-            bail!("--platform {platform}: only images for {} can run here", own_platforms()[0]);
+            bail!(
+                "--platform {platform}: only images for {} can run here",
+                own_platforms()[0]
+            );
         }
         let reference = parse_reference(&self.reference)?;
         let store = image::open_store(&Directories::from_environment())?;

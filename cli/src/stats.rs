@@ -1,6 +1,9 @@
 //! `hull stats`
 
-use std::{io::IsTerminal as _, time::Duration};
+use std::{
+    io::{ErrorKind, IsTerminal as _, Write as _},
+    time::Duration,
+};
 
 use clap::Args;
 use sandbox::{ContainerRecord, Directories, Runtime};
@@ -185,14 +188,13 @@ impl Stats {
             } else {
                 text
             };
-            std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes()).or_else(|error| {
+            let mut stdout = std::io::stdout();
+            match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+                Ok(()) => {}
                 // Whoever read has enough.
-                if error.kind() == std::io::ErrorKind::BrokenPipe {
-                    std::process::exit(0)
-                }
-                Err(error)
-            })?;
-            std::io::Write::flush(&mut std::io::stdout())?;
+                Err(error) if error.kind() == ErrorKind::BrokenPipe => return Ok(0),
+                Err(error) => return Err(error.into()),
+            }
             std::thread::sleep(INTERVAL);
         }
     }

@@ -82,7 +82,9 @@ impl<W: Write> Packer<'_, W> {
         }
         if kind.is_symlink() {
             header.set_entry_type(EntryType::Symlink);
-            return self.builder.append_link(&mut header, name, fs::read_link(source)?);
+            return self
+                .builder
+                .append_link(&mut header, name, fs::read_link(source)?);
         }
         if kind.is_fifo() {
             header.set_entry_type(EntryType::Fifo);

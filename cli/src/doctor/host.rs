@@ -58,7 +58,13 @@ pub(super) fn memory() -> Check {
     let meminfo = read("/proc/meminfo").unwrap_or_default();
     let kib: u64 = meminfo
         .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse().ok())
+        .find_map(|line| {
+            line.strip_prefix("MemAvailable:")?
+                .split_whitespace()
+                .next()?
+                .parse()
+                .ok()
+        })
         .unwrap_or(0);
     let detail = format!("{} available", output::size(kib.saturating_mul(1024)));
     if kib < 64 * 1024 {
@@ -77,7 +83,9 @@ pub(super) fn memory() -> Check {
 /// Whether `FIRST COUNT` lies in one of the ranges of a `/proc/self/uid_map`.
 fn is_mapped(map: &str, first: u64, count: u64) -> bool {
     map.lines().any(|line| {
-        let mut numbers = line.split_whitespace().filter_map(|word| word.parse::<u64>().ok());
+        let mut numbers = line
+            .split_whitespace()
+            .filter_map(|word| word.parse::<u64>().ok());
         let (Some(inside), Some(_), Some(length)) = (numbers.next(), numbers.next(), numbers.next()) else {
             return false;
         };
@@ -96,7 +104,10 @@ pub(super) fn user_ids() -> Check {
         }
         return Check::missing(
             NAME,
-            format!("{first} to {} are not mapped in this user namespace", first + count - 1),
+            format!(
+                "{first} to {} are not mapped in this user namespace",
+                first + count - 1
+            ),
             "run hull outside of the container it is in, or map these ids into it",
         );
     }
@@ -163,7 +174,8 @@ pub(super) fn open_files() -> Check {
     const LEAST: u64 = 1024;
     const NAME: &str = "open files";
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    let unlimited = |value: Option<u64>| value.map_or_else(|| "unlimited".to_owned(), |value| value.to_string());
+    let unlimited =
+        |value: Option<u64>| value.map_or_else(|| "unlimited".to_owned(), |value| value.to_string());
     let detail = format!(
         "limit {}, may be raised to {}",
         unlimited(limit.current),
@@ -229,11 +241,7 @@ pub(super) fn mkfs() -> Check {
     let found = folders.map(|folder| folder.join(NAME)).find(|path| path.exists());
     match found {
         Some(path) => Check::ok(NAME, path.display().to_string()),
-        None => Check::warning(
-            NAME,
-            "not found: no --storage-opt size=",
-            "install e2fsprogs",
-        ),
+        None => Check::warning(NAME, "not found: no --storage-opt size=", "install e2fsprogs"),
     }
 }
 

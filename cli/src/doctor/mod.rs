@@ -113,21 +113,25 @@ fn vmm() -> Check {
 }
 
 fn kernel() -> Check {
-    let found = Components::find_kernel().map_err(anyhow::Error::from).and_then(|path| {
-        // It is handed to the VMM as an open file.
-        fs::File::open(&path)
-            .map(|_| shown(&path))
-            .with_context(|| format!("opening {}", path.display()))
-    });
+    let found = Components::find_kernel()
+        .map_err(anyhow::Error::from)
+        .and_then(|path| {
+            // It is handed to the VMM as an open file.
+            fs::File::open(&path)
+                .map(|_| shown(&path))
+                .with_context(|| format!("opening {}", path.display()))
+        });
     Check::essential("guest kernel", found)
 }
 
 fn agent_image() -> Check {
-    let found = Components::find_agent_image().map_err(anyhow::Error::from).and_then(|path| {
-        fs::File::open(&path)
-            .map(|_| shown(&path))
-            .with_context(|| format!("opening {}", path.display()))
-    });
+    let found = Components::find_agent_image()
+        .map_err(anyhow::Error::from)
+        .and_then(|path| {
+            fs::File::open(&path)
+                .map(|_| shown(&path))
+                .with_context(|| format!("opening {}", path.display()))
+        });
     Check::essential("agent image", found)
 }
 

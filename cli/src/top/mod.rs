@@ -1,6 +1,5 @@
-//! `hull top`: all microVMs as they are now, or the processes of one container.
+//! `hull top`: all microVMs as they are now.
 
-mod processes;
 mod table;
 mod view;
 
@@ -11,10 +10,9 @@ use sandbox::{Directories, Runtime};
 
 use crate::{format, format::PrintFormat, sampler::Sampler};
 
-/// Watch all microVMs, or show a container's processes.
+/// Watch all microVMs.
 ///
-/// Without a container: a view of all microVMs that goes on until q is pressed; where stdout is no terminal, one table. With
-/// one: its processes, as docker's top shows them.
+/// A view of all microVMs that goes on until q is pressed; where stdout is no terminal, one table.
 #[derive(Debug, Args)]
 pub struct Top {
     /// Seconds between two looks
@@ -26,8 +24,6 @@ pub struct Top {
     /// How to print: table, json, or a Go template
     #[arg(long, default_value = "table")]
     format: PrintFormat,
-    /// Name or id
-    container: Option<String>,
 }
 
 /// A rate needs a time; this much is waited for where only one table is printed.
@@ -37,9 +33,6 @@ impl Top {
     /// Shows what was asked for.
     pub fn execute(self) -> anyhow::Result<u8> {
         let runtime = Runtime::open(&Directories::from_environment())?;
-        if let Some(container) = &self.container {
-            return processes::print(&runtime, &runtime.find(container)?, &self.format);
-        }
         let is_live = std::io::stdout().is_terminal() && std::io::stdin().is_terminal();
         let mut sampler = Sampler::new(runtime);
         if is_live && !self.no_stream && self.format == PrintFormat::Table {

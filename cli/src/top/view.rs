@@ -57,12 +57,7 @@ pub(super) fn run(sampler: Sampler, delay: Duration) -> anyhow::Result<()> {
     result
 }
 
-fn keep_looking(
-    mut sampler: Sampler,
-    delay: Duration,
-    sender: &SyncSender<Looked>,
-    stopped: &Receiver<()>,
-) {
+fn keep_looking(mut sampler: Sampler, delay: Duration, sender: &SyncSender<Looked>, stopped: &Receiver<()>) {
     let mut pause = FIRST_INTERVAL;
     loop {
         let begin = Instant::now();
@@ -170,12 +165,9 @@ impl View {
     }
 
     fn draw(&mut self, frame: &mut Frame<'_>) {
-        let [summary, table, keys] = Layout::vertical([
-            Constraint::Length(2),
-            Constraint::Min(1),
-            Constraint::Length(1),
-        ])
-        .areas(frame.area());
+        let [summary, table, keys] =
+            Layout::vertical([Constraint::Length(2), Constraint::Min(1), Constraint::Length(1)])
+                .areas(frame.area());
         let text = self
             .error
             .as_ref()

@@ -13,7 +13,11 @@ fn header(name: &str, kind: EntryType, size: u64) -> Header {
     header.as_gnu_mut().unwrap().name[..name.len()].copy_from_slice(name.as_bytes());
     header.set_entry_type(kind);
     header.set_size(size);
-    header.set_mode(if kind == EntryType::Directory { 0o750 } else { 0o4640 });
+    header.set_mode(if kind == EntryType::Directory {
+        0o750
+    } else {
+        0o4640
+    });
     header.set_uid(12_345);
     header.set_gid(12_345);
     header.set_mtime(1_000_000_000);
@@ -107,7 +111,10 @@ fn content_goes_into_the_directory_itself_and_leaves_its_mode_alone() {
     file(&mut archive, "etc/conf", "text");
     world.unpack(None, archive).unwrap();
     assert_eq!(fs::read_to_string(world.inside("conf")).unwrap(), "text");
-    assert_eq!(fs::metadata(world.inside("")).unwrap().permissions().mode(), before);
+    assert_eq!(
+        fs::metadata(world.inside("")).unwrap().permissions().mode(),
+        before
+    );
 }
 
 #[test]
