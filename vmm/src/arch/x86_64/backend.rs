@@ -67,11 +67,13 @@ impl Backend for Pvm {
         KvmBackend::Pvm
     }
 
-    /// User code sees the host's CPUID whatever is set here, and executes every unprivileged instruction natively. The guest's
-    /// kernel must know of the same ones, above all of the register state it has to switch, but KVM's offer here is the
-    /// emulator's and omits most.
+    /// User code executes every unprivileged instruction natively. Kernel and programs must know of the same ones, above all
+    /// of the register state that the kernel has to switch, but KVM's offer here is the emulator's and omits most. And each
+    /// CPUID is an exit, of which a program's start should take few.
     fn adjust_cpuid(&self, entries: &mut Vec<kvm_cpuid_entry2>) {
         cpuid::add_host_user_features(entries);
+        cpuid::describe_caches_by_descriptors(entries);
+        cpuid::drop_empty_leaves(entries);
         // Everything else among these needs a hypercall, which this backend has not.
         cpuid::mask_paravirtual_features(entries, FEATURE_CLOCK | FEATURE_EOI | FEATURE_CLOCK_STABLE);
     }

@@ -6,6 +6,7 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use std::{arch::x86_64 as intrinsics, io};
 
 const LEAF_FEATURES: u32 = 0x1;
+const LEAF_CACHE_DESCRIPTORS: u32 = 0x2;
 const LEAF_CACHES: u32 = 0x4;
 const LEAF_EXTENDED_FEATURES: u32 = 0x7;
 const LEAF_TOPOLOGY: u32 = 0xb;
@@ -275,6 +276,94 @@ pub(super) fn add_host_user_features(entries: &mut Vec<kvm_cpuid_entry2>) {
     }
 }
 
+/// Describes the caches in leaf 2 by descriptors instead of "see leaf 4" (0xff), on Intel processors.
+///
+/// glibc asks leaf 2 a dozen times in every program it starts. At 0xff it goes on to walk leaf 4 each time, two or three
+/// leaves further, and where CPUID is an exit those are most of a program's exits before `main`. Leaf 4 stays as it is:
+/// who wants exact sizes or the sharing finds them there. Leaf 2 can only name sizes that Intel has given a number; the
+/// largest that isn't too large is taken.
+pub(super) fn describe_caches_by_descriptors(entries: &mut [kvm_cpuid_entry2]) {
+    /// Kind as leaf 4 numbers it (1 data, 2 instructions, 3 both), level, size, descriptor (SDM, table 3-12).
+    const DESCRIPTORS: &[(u32, u32, u32, u8)] = &[
+        (1, 1, 16, 0x0d),
+        (1, 1, 24, 0x0e),
+        (1, 1, 32, 0x2c),
+        (2, 1, 32, 0x30),
+        (3, 2, 256, 0x21),
+        (3, 2, 512, 0x80),
+        (3, 2, 1024, 0x87),
+        (3, 2, 2048, 0x7d),
+        (3, 2, 6144, 0x4e),
+        (3, 3, 2048, 0xe2),
+        (3, 3, 4096, 0xe3),
+        (3, 3, 8192, 0xe4),
+        (3, 3, 12288, 0xea),
+        (3, 3, 18432, 0xeb),
+        (3, 3, 24576, 0xec),
+    ];
+    const PREFETCH_64: u8 = 0xf0;
+    /// "Genu", as EBX of leaf 0 has it.
+    const INTEL: u32 = 0x756e_6547;
+    let is_intel = entries
+        .iter()
+        .any(|entry| entry.function == 0 && entry.ebx == INTEL);
+    let descriptors: Vec<u8> = entries
+        .iter()
+        .filter(|entry| entry.function == LEAF_CACHES)
+        .filter_map(|entry| {
+            let (kind, level) = (entry.eax & 0x1f, entry.eax >> 5 & 7);
+            let (line, partitions, ways) = (entry.ebx & 0xfff, entry.ebx >> 12 & 0x3ff, entry.ebx >> 22);
+            let size = [line, partitions, ways, entry.ecx]
+                .into_iter()
+                .fold(1u64, |size, less_one| {
+                    size.saturating_mul(u64::from(less_one) + 1)
+                });
+            DESCRIPTORS
+                .iter()
+                .filter(|(of_kind, of_level, kib, _)| {
+                    (*of_kind, *of_level) == (kind, level) && u64::from(*kib) << 10 <= size
+                })
+                .max_by_key(|(_, _, kib, _)| *kib)
+                .map(|(_, _, _, descriptor)| *descriptor)
+        })
+        .collect();
+    let Some(entry) = entries
+        .iter_mut()
+        .find(|entry| entry.function == LEAF_CACHE_DESCRIPTORS)
+    else {
+        return;
+    };
+    if !is_intel || descriptors.is_empty() {
+        return;
+    }
+    // The first byte is the number of times to ask. Three registers more have room for twelve.
+    let mut bytes = [0; 8];
+    bytes[0] = 1;
+    for (byte, descriptor) in bytes[1..]
+        .iter_mut()
+        .zip(descriptors.into_iter().chain([PREFETCH_64]))
+    {
+        *byte = descriptor;
+    }
+    let [a, b, c, d, e, f, g, h] = bytes;
+    entry.eax = u32::from_le_bytes([a, b, c, d]);
+    entry.ebx = u32::from_le_bytes([e, f, g, h]);
+    (entry.ecx, entry.edx) = (0, 0);
+}
+
+/// Ends the basic leaves after the last that says anything: each that a program finds it can ask, it asks.
+pub(super) fn drop_empty_leaves(entries: &mut [kvm_cpuid_entry2]) {
+    let last = entries
+        .iter()
+        .filter(|entry| (LEAF_FEATURES..LEAF_TOPOLOGY_V2).contains(&entry.function))
+        .filter(|entry| [entry.eax, entry.ebx, entry.ecx, entry.edx] != [0; 4])
+        .map(|entry| entry.function)
+        .fold(LEAF_TSC, u32::max);
+    if let Some(first) = entries.iter_mut().find(|entry| entry.function == 0) {
+        first.eax = first.eax.min(last);
+    }
+}
+
 /// Whether the processor could run guests itself.
 pub(super) fn host_has_hardware_virtualisation() -> bool {
     host_leaf(LEAF_FEATURES, 0)[2] & FEATURE_VMX != 0 || host_leaf(LEAF_AMD_FEATURES, 0)[2] & FEATURE_SVM != 0
@@ -364,6 +453,68 @@ mod tests {
         );
         assert_eq!(leaf(&entries, LEAF_CLOCKS, 0).eax, 2_299_998);
         assert_eq!(leaf(&entries, LEAF_KVM_SIGNATURE, 0).eax, LEAF_CLOCKS);
+    }
+
+    fn cache(index: u32, kind: u32, level: u32, kib: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 {
+            function: LEAF_CACHES,
+            index,
+            eax: kind | level << 5,
+            // 64 bytes a line, 16 ways.
+            ebx: 63 | 15 << 22,
+            ecx: kib - 1,
+            ..Default::default()
+        }
+    }
+
+    fn with_caches(vendor: u32) -> Vec<kvm_cpuid_entry2> {
+        let leaf = |function, eax, ebx| kvm_cpuid_entry2 {
+            function,
+            eax,
+            ebx,
+            ..Default::default()
+        };
+        vec![
+            leaf(0, 0x20, vendor),
+            leaf(2, 0x00fe_ff01, 0xf0),
+            cache(0, 1, 1, 48),
+            cache(1, 2, 1, 32),
+            cache(2, 3, 2, 2048),
+            cache(3, 3, 3, 266_240),
+            leaf(LEAF_XSAVE, 7, 0),
+            leaf(0x1c, 0, 0),
+            leaf(LEAF_TOPOLOGY_V2, 1, 1),
+        ]
+    }
+
+    #[test]
+    fn caches_are_named_by_the_largest_descriptors_that_are_not_too_large() {
+        let mut entries = with_caches(0x756e_6547);
+        describe_caches_by_descriptors(&mut entries);
+        let leaf_2 = leaf(&entries, 2, 0);
+        assert_eq!((leaf_2.eax, leaf_2.ebx), (0x7d30_2c01, 0xf0ec));
+        assert_eq!(leaf(&entries, LEAF_CACHES, 3).ecx, 266_239);
+    }
+
+    #[test]
+    fn leaf_2_of_another_vendor_and_unknown_caches_stay() {
+        let mut entries = with_caches(0x6874_7541);
+        describe_caches_by_descriptors(&mut entries);
+        assert_eq!(leaf(&entries, 2, 0).eax, 0x00fe_ff01);
+        let mut entries = with_caches(0x756e_6547);
+        entries.retain(|entry| entry.function != LEAF_CACHES);
+        describe_caches_by_descriptors(&mut entries);
+        assert_eq!(leaf(&entries, 2, 0).eax, 0x00fe_ff01);
+    }
+
+    #[test]
+    fn basic_leaves_end_where_nothing_follows() {
+        let mut entries = with_caches(0);
+        drop_empty_leaves(&mut entries);
+        assert_eq!(leaf(&entries, 0, 0).eax, LEAF_TSC);
+        entries[0].eax = 0xd;
+        drop_empty_leaves(&mut entries);
+        assert_eq!(leaf(&entries, 0, 0).eax, 0xd);
     }
 
     #[test]
