@@ -113,7 +113,7 @@ pub enum IoEngine {
     Auto,
     /// `io_uring`, or refuse to start.
     IoUring,
-    /// `preadv`/`pwritev` on the event loop.
+    /// `preadv`/`pwritev` on a thread of the disk's own.
     Sync,
 }
 

@@ -1,16 +1,16 @@
 //! Assembles a microVM; nothing else does.
 //!
-//! Order, which matters: memory, VM with its chips and slots, devices (they add to the command line), kernel and boot data
-//! (which need the complete command line), vCPUs (whose CPUID and registers need all of the above), threads.
+//! Order, which matters: memory; VM with its chips and slots, devices (they add to the command line), vCPUs, and beside all
+//! these, the images into memory; boot data (which needs the complete command line) and entry state; vCPU threads.
 //!
-//! Thread: the event loop's. Everything made here is taken down by dropping [`MicroVm`].
+//! Thread: the event loop's, with two helpers that end before [`build`] does. Everything made here is taken down by dropping [`MicroVm`].
 
 mod devices;
 
 use crate::{
     arch::x86_64::{
         backend::{self, Backend},
-        boot::{self, BootError, BootSource},
+        boot::{self, BootData, BootError},
         cpuid::{CpuidError, CpuidTable},
         msr::{self, MsrError},
         regs::{self, RegsError},
@@ -21,8 +21,9 @@ use crate::{
     devices::{
         legacy::SerialError,
         virtio::{
-            self,
+            self, GuestRam,
             balloon::{Balloon, BalloonError},
+            vsock::Vsock,
         },
     },
     jail::seccomp::{Filters, Role},
@@ -37,6 +38,7 @@ use crate::{
         vm::{Vm, VmError},
     },
 };
+use devices::Attached;
 use kvm_ioctls::VcpuFd;
 use std::{
     io,
@@ -44,10 +46,13 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    thread::{self, Scope, ScopedJoinHandle},
     time::{Duration, Instant},
 };
 use vmm_api::{StartMetrics, VcpuMetrics};
 
+/// What copying a kernel takes, several times over.
+const HELPER_STACK_BYTES: usize = 128 << 10;
 /// How long a vCPU may take to leave the guest. It needs microseconds; a host under heavy load may need much more.
 const HOLD_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -99,6 +104,18 @@ pub enum BuildError {
         #[source]
         source: io::Error,
     },
+    /// A thread that fills memory.
+    #[error("can't start the thread \"{name}\"")]
+    Helper {
+        /// Its name.
+        name: &'static str,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The thread that fills memory is broken.
+    #[error("the thread that loads the kernel panicked")]
+    LoaderPanicked,
     /// The kick signal.
     #[error("can't prepare the process for vCPU threads")]
     Process(#[source] io::Error),
@@ -118,6 +135,7 @@ pub struct MicroVm {
     vcpus: Vec<VcpuHandle>,
     devices: DeviceManager,
     balloon: Option<Arc<Mutex<Balloon>>>,
+    vsock: Option<Arc<Mutex<Vsock>>>,
     boot_timer: Arc<BootTimer>,
     unclaimed: Arc<AtomicU64>,
     start: StartMetrics,
@@ -135,6 +153,14 @@ impl Stopwatch {
     }
 }
 
+/// A VM that has everything but contents in its memory.
+struct Assembled {
+    vm: Vm,
+    attached: Attached,
+    vcpus: Vec<VcpuFd>,
+    backend: &'static dyn Backend,
+}
+
 /// Builds what `spec` describes; its vCPUs hold until [`MicroVm::resume`].
 ///
 /// # Errors
@@ -145,38 +171,54 @@ pub fn build(
     stop: &Arc<StopSignal>,
     filters: &Filters,
 ) -> Result<MicroVm, BuildError> {
-    let mut spec = spec;
-    let mut watch = Stopwatch(Instant::now());
     let mut start = StartMetrics::default();
-    let ram = Arc::new(memory::create(spec.memory_mib, spec.huge_pages)?);
-    let vm = Vm::new(host, ram)?;
-    start.create_vm_us = watch.lap_us();
-
     let boot_timer = Arc::new(BootTimer::default());
-    let devices::Attached { mut devices, balloon } = devices::attach(&vm, &mut spec, stop, &boot_timer)?;
-    start.devices_us = watch.lap_us();
+    let ram = Arc::new(memory::create(spec.memory_mib, spec.huge_pages)?);
+    let (mut kernel, mut initrd) = (spec.kernel, spec.initrd);
+    // Filling memory takes longer than all the rest, and neither needs the other.
+    let (assembled, images) = thread::scope(|scope| {
+        let loader = spawn_beside(scope, "loader", || {
+            let mut watch = Stopwatch(Instant::now());
+            let images = boot::load_images(&ram, &mut kernel, initrd.as_mut());
+            (images, watch.lap_us())
+        })?;
+        if spec.huge_pages {
+            spawn_beside(scope, "populate", || memory::populate_for_boot(&ram))?;
+        }
+        let assembled = assemble(host, &ram, spec.vcpu_count, &mut start, |vm| {
+            devices::attach(vm, spec.devices, stop, filters, &boot_timer)
+        });
+        let (images, load_us) = loader.join().map_err(|_| BuildError::LoaderPanicked)?;
+        start.load_kernel_us = load_us;
+        Ok::<_, BuildError>((assembled?, images?))
+    })?;
+    let Assembled {
+        vm,
+        attached,
+        vcpus,
+        backend,
+    } = assembled;
+    let Attached {
+        mut devices,
+        balloon,
+        vsock,
+    } = attached;
 
-    let (fds, backend) = create_vcpus(host, &vm, spec.vcpu_count)?;
-    start.vcpus_us = watch.lap_us();
-
+    let mut watch = Stopwatch(Instant::now());
     let cmdline = full_cmdline(&spec.cmdline, backend.kernel_parameters(), devices.cmdline());
-    let entry = boot::load(
-        vm.ram(),
-        BootSource {
-            kernel: &mut spec.kernel,
-            initrd: spec.initrd.as_mut(),
-            cmdline: &cmdline,
-            protocol: spec.protocol,
-            vcpu_count: spec.vcpu_count,
-        },
-    )?;
-    if let Some(first) = fds.first() {
+    let data = BootData {
+        cmdline: &cmdline,
+        protocol: spec.protocol,
+        vcpu_count: spec.vcpu_count,
+    };
+    let entry = boot::write_data(vm.ram(), &images, &data)?;
+    if let Some(first) = vcpus.first() {
         regs::set_boot_state(first, vm.ram(), spec.protocol, entry)?;
     }
-    start.load_kernel_us = watch.lap_us();
+    start.load_kernel_us += watch.lap_us();
 
     let (pio, mmio) = devices.take_buses();
-    let controls: Arc<[_]> = fds.iter().map(|_| Arc::new(VcpuControl::default())).collect();
+    let controls: Arc<[_]> = vcpus.iter().map(|_| Arc::new(VcpuControl::default())).collect();
     let unclaimed = Arc::new(AtomicU64::new(0));
     let context = VcpuContext {
         pio,
@@ -187,16 +229,53 @@ pub fn build(
         boot_timer: Arc::clone(&boot_timer),
         unclaimed: Arc::clone(&unclaimed),
     };
-    let vcpus = spawn_vcpus(fds, &context, filters)?;
+    let vcpus = spawn_vcpus(vcpus, &context, filters)?;
     start.vcpus_us += watch.lap_us();
     Ok(MicroVm {
         vcpus,
         devices,
         balloon,
+        vsock,
         boot_timer,
         unclaimed,
         start,
         _vm: vm,
+    })
+}
+
+/// Starts a thread that ends before `scope` does. It is confined as the calling thread is.
+fn spawn_beside<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: &'static str,
+    work: impl FnOnce() -> T + Send + 'scope,
+) -> Result<ScopedJoinHandle<'scope, T>, BuildError> {
+    thread::Builder::new()
+        .name(name.to_owned())
+        .stack_size(HELPER_STACK_BYTES)
+        .spawn_scoped(scope, work)
+        .map_err(|source| BuildError::Helper { name, source })
+}
+
+/// Makes the VM, its devices and its vCPUs.
+fn assemble(
+    host: &KvmHost,
+    ram: &Arc<GuestRam>,
+    vcpu_count: u8,
+    start: &mut StartMetrics,
+    attach: impl FnOnce(&Vm) -> Result<Attached, BuildError>,
+) -> Result<Assembled, BuildError> {
+    let mut watch = Stopwatch(Instant::now());
+    let vm = Vm::new(host, Arc::clone(ram))?;
+    start.create_vm_us = watch.lap_us();
+    let attached = attach(&vm)?;
+    start.devices_us = watch.lap_us();
+    let (vcpus, backend) = create_vcpus(host, &vm, vcpu_count)?;
+    start.vcpus_us = watch.lap_us();
+    Ok(Assembled {
+        vm,
+        attached,
+        vcpus,
+        backend,
     })
 }
 
@@ -292,6 +371,25 @@ impl MicroVm {
             None => Ok(()),
             Some(index) => Err(HoldError { index }),
         }
+    }
+
+    /// Ends the socket device's streams. To be called when no vCPU runs any more.
+    ///
+    /// The guest can't know that what it has sent is still on its way; [`MicroVm::undelivered_bytes`] tells.
+    pub fn finish_streams(&self) {
+        if let Some(vsock) = &self.vsock {
+            virtio::lock(vsock).finish();
+        }
+    }
+
+    /// Bytes that readers on the host have yet to take, after having been given what they have room for.
+    #[must_use]
+    pub fn undelivered_bytes(&self) -> usize {
+        self.vsock.as_ref().map_or(0, |vsock| {
+            let mut vsock = virtio::lock(vsock);
+            vsock.flush_undelivered();
+            vsock.undelivered_bytes()
+        })
     }
 
     /// The event sources, once.

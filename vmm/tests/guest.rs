@@ -242,6 +242,39 @@ fn paused_guest_stands_still_and_goes_on_where_it_was() {
 }
 
 #[test]
+fn every_pause_of_a_busy_guest_holds_until_it_is_resumed() {
+    if !kvm_is_usable() {
+        return;
+    }
+    // Both vCPUs write to a port nobody has, as fast as they can.
+    let target = ENTRY + 0x800;
+    let busy = |code: Code| code.out8(0x1234, 0).raw(&[0xeb, 0xf7]);
+    let code = busy(ring(Code::new(), MAGIC, 1, target, ROOT).print_if_eax_is(1, 'y', 'n')).at(0x800);
+    let guest = Guest::new(&busy(code)).with("vcpu_count", 2.into());
+    let mut vmm = Vmm::start(&guest);
+    guest.wait_for_console("y");
+    let exits = |vmm: &mut Vmm| -> Vec<u64> {
+        let vcpus = vmm.metrics().vcpus;
+        vcpus.iter().map(|vcpu| vcpu.exits.pio_out).collect()
+    };
+    for _ in 0..50 {
+        vmm.call(RequestBody::Pause).unwrap();
+        let paused = exits(&mut vmm);
+        std::thread::sleep(Duration::from_millis(1));
+        assert_eq!(exits(&mut vmm), paused, "ran while it was paused");
+        vmm.call(RequestBody::Resume).unwrap();
+        support::wait_until(
+            || exits(&mut vmm).iter().zip(&paused).all(|(now, then)| now > then),
+            || "both vCPUs to go on".to_owned(),
+        );
+    }
+    // A paused microVM can be told to stop.
+    vmm.call(RequestBody::Pause).unwrap();
+    vmm.call(RequestBody::Shutdown).unwrap();
+    assert!(support::wait(&mut vmm.child).success());
+}
+
+#[test]
 fn guest_with_a_silent_console_reader_does_not_hang() {
     if !kvm_is_usable() {
         return;

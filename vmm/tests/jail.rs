@@ -93,6 +93,15 @@ const DENIED: &[Denied] = &[
     ("control_opens_a_file", Role::Control, libc::SYS_openat, || {
         drop(File::open("/x"))
     }),
+    ("disk_opens_a_file", Role::Disk, libc::SYS_openat, || {
+        drop(File::open("/x"))
+    }),
+    ("disk_makes_a_thread", Role::Disk, libc::SYS_clone3, || {
+        raw::call(libc::SYS_clone3, [0; 3])
+    }),
+    ("disk_runs_a_vcpu", Role::Disk, libc::SYS_ioctl, || {
+        raw::ioctl(0xae80)
+    }),
     ("setup_opens_a_file", Role::Setup, libc::SYS_openat, || {
         drop(File::open("/x"))
     }),
@@ -512,6 +521,15 @@ fn running_vmm_is_confined_in_every_thread() -> Outcome {
         return Ok(());
     }
     let guest = Guest::new(&Code::new().print("up").idle()).with("vcpu_count", 2.into());
+    let image = guest.path("disk");
+    fs::write(&image, [0; 4096]).map_err(|error| error.to_string())?;
+    let disk = serde_json::json!({
+        "id": "disk",
+        "source": { "path": image },
+        "read_only": true,
+        "io_engine": "sync",
+    });
+    let guest = guest.with("blk", serde_json::json!([disk]));
     let vmm = Vmm::start(&guest);
     guest.wait_for_console("up");
     let process = format!("/proc/{}", vmm.pid());
@@ -536,7 +554,7 @@ fn running_vmm_is_confined_in_every_thread() -> Outcome {
         }
         threads.push(name);
     }
-    for thread in ["hull-vmm", "control", "vcpu0", "vcpu1"] {
+    for thread in ["hull-vmm", "control", "vcpu0", "vcpu1", "disk"] {
         if !threads.iter().any(|name| name == thread) {
             return Err(format!("no thread {thread} among {threads:?}"));
         }

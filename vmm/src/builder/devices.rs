@@ -4,7 +4,7 @@ use super::BuildError;
 use crate::{
     arch::x86_64::layout,
     boot_timer::BootTimer,
-    config::{BalloonResource, BlkResource, VmSpec, VsockResource},
+    config::{BalloonResource, BlkResource, DeviceResources, VsockResource},
     device_manager::DeviceManager,
     devices::{
         legacy::{BootTimerDevice, I8042, Serial},
@@ -15,8 +15,9 @@ use crate::{
             vsock::{Vsock, VsockSpec},
         },
     },
+    jail::seccomp::{Filters, Role},
     stop::StopSignal,
-    vstate::vm::Vm,
+    vstate::{memory, vm::Vm},
 };
 use std::sync::{Arc, Mutex};
 use vmm_api::IoEngine;
@@ -27,13 +28,16 @@ pub(super) struct Attached {
     pub(super) devices: DeviceManager,
     /// The balloon once more, for whoever sets its target.
     pub(super) balloon: Option<Arc<Mutex<Balloon>>>,
+    /// The socket device once more, for whoever ends the microVM.
+    pub(super) vsock: Option<Arc<Mutex<Vsock>>>,
 }
 
-/// All devices of `spec`.
+/// All devices of `resources`.
 pub(super) fn attach(
     vm: &Vm,
-    spec: &mut VmSpec,
+    resources: DeviceResources,
     stop: &Arc<StopSignal>,
+    filters: &Filters,
     boot_timer: &Arc<BootTimer>,
 ) -> Result<Attached, BuildError> {
     let mut devices = DeviceManager::new();
@@ -42,12 +46,12 @@ pub(super) fn attach(
         layout::I8042_PORTS,
         Arc::new(I8042::new(Arc::clone(stop))),
     )?;
-    if let Some(output) = spec.serial.take() {
+    if let Some(output) = resources.serial {
         let serial = Serial::new(output)?;
         vm.register_irqfd(serial.interrupt(), layout::SERIAL_GSI)?;
         devices.attach_port(layout::SERIAL_PORT, layout::SERIAL_PORTS, Arc::new(serial))?;
     }
-    if spec.boot_timer {
+    if resources.boot_timer {
         devices.attach_port(
             layout::BOOT_TIMER_PORT,
             1,
@@ -56,32 +60,48 @@ pub(super) fn attach(
         devices.announce(format!("hull_boottimer={:#x}", layout::BOOT_TIMER_PORT));
     }
     devices.announce(format!("hull_apstart={:#x}", layout::APSTART_PORT));
-    for disk in std::mem::take(&mut spec.blk) {
-        attach_disk(&mut devices, vm, disk)?;
+    for disk in resources.blk {
+        attach_disk(&mut devices, vm, disk, filters)?;
     }
-    if let Some(vsock) = spec.vsock.take() {
-        attach_vsock(&mut devices, vm, vsock)?;
-    }
-    if spec.rng {
+    let vsock = resources
+        .vsock
+        .map(|vsock| attach_vsock(&mut devices, vm, vsock))
+        .transpose()?;
+    if resources.rng {
         let rng = Rng::new()?;
         let metrics = rng.metrics();
         devices.attach_virtio(vm, "rng", Arc::new(Mutex::new(rng)), metrics)?;
     }
-    let balloon = spec
+    let balloon = resources
         .balloon
-        .map(|balloon| attach_balloon(&mut devices, vm, spec.memory_mib, balloon))
+        .map(|balloon| attach_balloon(&mut devices, vm, balloon))
         .transpose()?;
-    Ok(Attached { devices, balloon })
+    Ok(Attached {
+        devices,
+        balloon,
+        vsock,
+    })
 }
 
-fn attach_disk(devices: &mut DeviceManager, vm: &Vm, disk: BlkResource) -> Result<(), BuildError> {
+fn attach_disk(
+    devices: &mut DeviceManager,
+    vm: &Vm,
+    disk: BlkResource,
+    filters: &Filters,
+) -> Result<(), BuildError> {
     let engine = match disk.io_engine {
         IoEngine::Auto => EngineChoice::Auto,
         IoEngine::IoUring => EngineChoice::IoUring,
         IoEngine::Sync => EngineChoice::Sync,
     };
     let spec = BlkSpec::new(disk.id.clone(), disk.image, disk.read_only);
-    let mut spec = spec.with_queues(disk.queues)?.with_engine(engine);
+    let filter = filters.of(Role::Disk);
+    let mut spec = spec
+        .with_queues(disk.queues)?
+        .with_engine(engine)
+        .with_confinement(Box::new(move || {
+            filter.apply().map_err(|error| error.to_string())
+        }));
     if let Some(serial) = &disk.serial {
         spec = spec.with_serial(serial)?;
     }
@@ -90,24 +110,29 @@ fn attach_disk(devices: &mut DeviceManager, vm: &Vm, disk: BlkResource) -> Resul
     Ok(devices.attach_virtio(vm, &disk.id, Arc::new(Mutex::new(blk)), metrics)?)
 }
 
-fn attach_vsock(devices: &mut DeviceManager, vm: &Vm, vsock: VsockResource) -> Result<(), BuildError> {
+fn attach_vsock(
+    devices: &mut DeviceManager,
+    vm: &Vm,
+    vsock: VsockResource,
+) -> Result<Arc<Mutex<Vsock>>, BuildError> {
     let vsock = Vsock::new(VsockSpec::new(
         u64::from(vsock.cid),
         vsock.listener,
         vsock.guest_ports,
     )?)?;
     let metrics = vsock.metrics();
-    Ok(devices.attach_virtio(vm, "vsock", Arc::new(Mutex::new(vsock)), metrics)?)
+    let vsock = Arc::new(Mutex::new(vsock));
+    devices.attach_virtio(vm, "vsock", Arc::clone(&vsock), metrics)?;
+    Ok(vsock)
 }
 
 fn attach_balloon(
     devices: &mut DeviceManager,
     vm: &Vm,
-    memory_mib: u64,
     balloon: BalloonResource,
 ) -> Result<Arc<Mutex<Balloon>>, BuildError> {
     let balloon = Balloon::new(BalloonSpec {
-        memory_mib,
+        memory_mib: memory::size_bytes(vm.ram()) >> 20,
         free_page_reporting: balloon.free_page_reporting,
         deflate_on_oom: balloon.deflate_on_oom,
         stats_interval: balloon.stats_interval,

@@ -112,6 +112,12 @@ pub struct VmSpec {
     pub(crate) initrd: Option<File>,
     pub(crate) cmdline: String,
     pub(crate) protocol: BootProtocol,
+    pub(crate) devices: DeviceResources,
+}
+
+/// The validated devices.
+#[derive(Debug)]
+pub(crate) struct DeviceResources {
     pub(crate) blk: Vec<BlkResource>,
     pub(crate) vsock: Option<VsockResource>,
     pub(crate) rng: bool,
@@ -159,18 +165,20 @@ impl VmSpec {
             initrd,
             cmdline: config.cmdline,
             protocol: config.boot_protocol,
-            blk,
-            vsock,
-            rng: config.rng,
-            balloon,
-            serial,
-            boot_timer: config.boot_timer,
+            devices: DeviceResources {
+                blk,
+                vsock,
+                rng: config.rng,
+                balloon,
+                serial,
+                boot_timer: config.boot_timer,
+            },
         })
     }
 
     /// Size of the largest writable disk.
     pub(crate) fn largest_disk_bytes(&self) -> u64 {
-        let writable = self.blk.iter().filter(|blk| !blk.read_only);
+        let writable = self.devices.blk.iter().filter(|blk| !blk.read_only);
         writable
             .filter_map(|blk| blk.image.metadata().ok())
             .map(|metadata| metadata.len())
@@ -181,7 +189,7 @@ impl VmSpec {
     /// Whether the guest's boot is timed.
     #[must_use]
     pub fn boot_timer(&self) -> bool {
-        self.boot_timer
+        self.devices.boot_timer
     }
 }
 

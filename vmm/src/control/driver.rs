@@ -19,12 +19,19 @@ use std::{
     error::Error,
     os::fd::{AsRawFd, OwnedFd, RawFd},
     sync::{Arc, Mutex},
-    time::Instant,
+    time::{Duration, Instant},
 };
 use vmm_api::{
     ApiError, ControlMetrics, ErrorCode, HelloInfo, MetricsReport, PROTOCOL_VERSION, RequestBody,
     ResponseBody, StateReport, StopReason, VmConfig, VmState,
 };
+
+/// How long readers on the host may take for what the guest sent before it stopped.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long they may pause.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(3);
+/// How often that is looked at.
+const DRAIN_INTERVAL_MS: i32 = 20;
 
 /// Why the event loop can't go on.
 #[derive(Debug, thiserror::Error)]
@@ -214,9 +221,35 @@ impl Driver {
         {
             tracing::warn!(%error, "stopping");
         }
-        self.state = State::Stopped(microvm);
+        // First of all: a client may begin to read its streams only when it hears that nothing will follow.
         if let Some(queue) = &self.queue {
             queue.announce_stop(reason.clone());
+        }
+        if let Some(microvm) = &microvm {
+            microvm.finish_streams();
+            self.wait_for_readers(microvm);
+        }
+        self.state = State::Stopped(microvm);
+    }
+
+    /// Gives readers on the host time to take what the guest sent before it stopped, as long as they do take it.
+    fn wait_for_readers(&mut self, microvm: &MicroVm) {
+        let begin = Instant::now();
+        let mut progress = begin;
+        let mut undelivered = microvm.undelivered_bytes();
+        while undelivered > 0 {
+            if begin.elapsed() > DRAIN_TIMEOUT || progress.elapsed() > DRAIN_PATIENCE {
+                tracing::warn!(undelivered, "nobody reads the rest of what the guest sent");
+                return;
+            }
+            if let Err(error) = self.manager.run_with_timeout(DRAIN_INTERVAL_MS) {
+                tracing::debug!(?error, "stopping");
+            }
+            let left = microvm.undelivered_bytes();
+            if left < undelivered {
+                progress = Instant::now();
+            }
+            undelivered = left;
         }
     }
 

@@ -28,9 +28,17 @@ pub enum Role {
     Vcpu,
     /// The control socket.
     Control,
+    /// A disk without io_uring.
+    Disk,
 }
 
-const ROLES: [Role; 4] = [Role::Setup, Role::EventLoop, Role::Vcpu, Role::Control];
+const ROLES: [Role; 5] = [
+    Role::Setup,
+    Role::EventLoop,
+    Role::Vcpu,
+    Role::Control,
+    Role::Disk,
+];
 
 /// Why a filter can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -225,7 +233,7 @@ mod tests {
 
     #[test]
     fn only_setup_may_make_threads() {
-        for role in [Role::EventLoop, Role::Vcpu, Role::Control] {
+        for role in [Role::EventLoop, Role::Vcpu, Role::Control, Role::Disk] {
             for (call, _) in calls::of(role).iter().flat_map(|list| list.iter()) {
                 assert!(![libc::SYS_clone, libc::SYS_clone3].contains(call), "{role:?}");
             }
@@ -242,5 +250,6 @@ mod tests {
         };
         assert!(allowed(Role::Vcpu).is_subset(&allowed(Role::Setup)));
         assert!(allowed(Role::EventLoop).is_subset(&allowed(Role::Setup)));
+        assert!(allowed(Role::Disk).is_subset(&allowed(Role::Setup)));
     }
 }

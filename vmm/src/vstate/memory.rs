@@ -12,6 +12,11 @@ use vm_memory::{
 };
 
 const MIB: u64 = 1 << 20;
+const HUGE_PAGE_BYTES: u64 = 2 * MIB;
+/// What Linux takes from the end of memory beside the page descriptors.
+const BOOT_ALLOCATIONS_BYTES: u64 = 4 * MIB;
+/// More is not ready sooner than the guest gets there.
+const MOST_POPULATED_BYTES: u64 = 16 * MIB;
 /// A kernel, an agent and nothing else need about this much.
 pub const MIN_MEMORY_MIB: u64 = 16;
 
@@ -101,6 +106,25 @@ pub fn create(memory_mib: u64, huge_pages: bool) -> Result<GuestRam, MemoryError
     GuestRam::from_regions(regions).map_err(MemoryError::Regions)
 }
 
+/// Touches what every kernel uses before its first program: the first page tables and boot data, and the end of memory, from
+/// where Linux takes its array of page descriptors (64 bytes for each page) and what else it needs before its allocator
+/// works. Each huge page is cleared on the way, which the guest would have to wait for.
+///
+/// Only an optimisation: whatever can't be touched is left to the guest.
+pub fn populate_for_boot(ram: &GuestRam) {
+    let memory_bytes = size_bytes(ram);
+    let top_bytes = (memory_bytes / 64 + BOOT_ALLOCATIONS_BYTES).min(MOST_POPULATED_BYTES);
+    if let (Some(first), Some(last)) = (ram.iter().next(), ram.iter().last()) {
+        let top_start = last.len().saturating_sub(top_bytes) & !(HUGE_PAGE_BYTES - 1);
+        for (region, range) in [
+            (last, top_start..last.len()),
+            (first, 0..HUGE_PAGE_BYTES.min(first.len())),
+        ] {
+            advise::populate(region, range);
+        }
+    }
+}
+
 /// Size of the guest's RAM.
 #[must_use]
 pub fn size_bytes(ram: &GuestRam) -> u64 {
@@ -109,7 +133,25 @@ pub fn size_bytes(ram: &GuestRam) -> u64 {
 
 #[expect(unsafe_code, reason = "madvise has no safe interface for a raw mapping")]
 mod advise {
-    use std::io;
+    use std::{io, ops::Range};
+    use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
+
+    /// Makes the host back a range of a region now.
+    pub(super) fn populate(region: &GuestRegionMmap, range: Range<u64>) {
+        let (Ok(start), Ok(end)) = (usize::try_from(range.start), usize::try_from(range.end)) else {
+            return;
+        };
+        let Some(size) = end.checked_sub(start).filter(|_| range.end <= region.len()) else {
+            return;
+        };
+        // SAFETY: start and end are within the region's mapping, which the caller's reference keeps; contents don't change.
+        let result =
+            unsafe { libc::madvise(region.as_ptr().add(start).cast(), size, libc::MADV_POPULATE_WRITE) };
+        if result != 0 {
+            let error = io::Error::last_os_error();
+            tracing::debug!(%error, "guest memory is not populated ahead");
+        }
+    }
 
     /// Asks for (or against) huge pages, and keeps the memory out of core dumps.
     pub(super) fn guest_memory(start: *mut u8, size: usize, huge_pages: bool) -> io::Result<()> {

@@ -206,10 +206,18 @@ impl Guest {
         let mut config = self.config.clone();
         config["kernel"] = serde_json::json!({ "fd": 0 });
         config["serial"]["output"] = serde_json::json!({ "fd": 1 });
-        (
-            serde_json::from_value(config).unwrap(),
-            vec![kernel.into(), console.into()],
-        )
+        let mut fds = vec![kernel.into(), console.into()];
+        let disks = config.get_mut("blk").and_then(serde_json::Value::as_array_mut);
+        for disk in disks.into_iter().flatten() {
+            // Those that name a descriptor bring it themselves.
+            if let Some(path) = disk["source"]["path"].as_str() {
+                let writable = disk["read_only"] == false;
+                let image = File::options().read(true).write(writable).open(path).unwrap();
+                disk["source"] = serde_json::json!({ "fd": fds.len() });
+                fds.push(image.into());
+            }
+        }
+        (serde_json::from_value(config).unwrap(), fds)
     }
 
     /// Waits until the console shows `text`.

@@ -34,11 +34,15 @@ use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use event_manager::{EventOps, Events};
+use metrics::Counter;
 pub use metrics::DeviceMetrics;
+use queue::{QueueError, Virtqueue};
 use thiserror::Error;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::Queue;
+use virtio_queue::{Queue, QueueT};
+use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 /// The guest's memory as every device sees it.
@@ -51,7 +55,7 @@ pub const RING_FEATURES: u64 =
 /// The device's way to the guest; the transport's half of it.
 ///
 /// Callable from any thread, without a lock.
-pub trait Interrupt: Send + Sync {
+pub trait Interrupt: fmt::Debug + Send + Sync {
     /// Tells the driver that queue `index` has used buffers. The caller has already asked the queue whether the driver
     /// wants to know.
     fn signal_used_queue(&self, index: u16);
@@ -65,7 +69,7 @@ pub trait Interrupt: Send + Sync {
 }
 
 /// The wire from a device to the guest's interrupt controller.
-pub trait InterruptLine: Send + Sync {
+pub trait InterruptLine: fmt::Debug + Send + Sync {
     /// Raises one edge.
     fn pulse(&self) -> io::Result<()>;
 }
@@ -88,6 +92,40 @@ pub struct ActivateContext {
     pub interrupt: Arc<dyn Interrupt>,
     /// The features both sides agreed on, a subset of [`VirtioDevice::features`].
     pub acked_features: u64,
+}
+
+impl ActivateContext {
+    /// The queues, to be taken by index.
+    pub fn into_queues(self) -> Queues {
+        let Self {
+            mem,
+            queues,
+            interrupt,
+            ..
+        } = self;
+        let queues = (0..).zip(queues).map(|(index, queue)| {
+            queue
+                .ready()
+                .then(|| Virtqueue::new(queue, index, Arc::clone(&mem), Arc::clone(&interrupt)))
+        });
+        Queues(queues.collect())
+    }
+}
+
+/// The queues of a device that is being activated.
+#[derive(Debug)]
+pub struct Queues(Vec<Option<Virtqueue>>);
+
+impl Queues {
+    /// Queue `index`, unless the driver has left it out.
+    pub fn take(&mut self, index: usize) -> Option<Virtqueue> {
+        self.0.get_mut(index)?.take()
+    }
+
+    /// Queue `index`, without which the device can't be.
+    pub fn require(&mut self, index: usize) -> Result<Virtqueue, ActivateError> {
+        self.take(index).ok_or(ActivateError::MissingQueue { index })
+    }
 }
 
 impl fmt::Debug for ActivateContext {
@@ -178,6 +216,35 @@ pub(crate) fn new_events(count: usize) -> io::Result<Vec<EventFd>> {
     (0..count).map(|_| new_event()).collect()
 }
 
+/// The events of a device's queues; their data is the queue's index.
+pub(crate) fn watched_queues(queue_events: &[EventFd]) -> impl Iterator<Item = Events> {
+    (0..)
+        .zip(queue_events)
+        .map(|(data, event)| Events::with_data(event, data, EventSet::IN))
+}
+
+/// Has the event loop watch the events of a device.
+pub(crate) fn watch(ops: &mut EventOps<'_>, device: &str, events: impl IntoIterator<Item = Events>) {
+    for events in events {
+        if let Err(error) = ops.add(events) {
+            tracing::error!(device, ?error, "can't watch an event of the device");
+        }
+    }
+}
+
+/// Clears the event of the queue that `events` names, and counts it. The queue's index; `None` if it isn't a queue's.
+pub(crate) fn take_notification(
+    queue_events: &[EventFd],
+    events: &Events,
+    notifications: &Counter,
+) -> Option<usize> {
+    let index = usize::try_from(events.data()).ok()?;
+    // Fails only if there is nothing to clear.
+    let _ = queue_events.get(index)?.read();
+    notifications.inc();
+    Some(index)
+}
+
 /// How many lines a guest may cause in the log, per device: enough to see what is wrong, too few to fill a disk.
 const MAX_FAULT_LINES: u32 = 16;
 
@@ -193,5 +260,13 @@ impl FaultLog {
             self.0.store(lines + 1, Ordering::Relaxed);
         }
         lines < MAX_FAULT_LINES
+    }
+
+    /// Takes note that the guest broke a queue of `device`.
+    pub(crate) fn note_broken_queue(&self, device: &str, error: &QueueError, failures: &Counter) {
+        if self.take_line() {
+            tracing::warn!(device, %error, "the guest broke a queue of the device");
+        }
+        failures.inc();
     }
 }

@@ -17,6 +17,8 @@ use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use super::{GuestRam, Interrupt};
 
 /// The most buffers accepted in one chain, which is also what one vectored system call takes.
@@ -323,6 +325,32 @@ impl Virtqueue {
         Ok(())
     }
 
+    /// Passes what the driver offers to `serve`, which completes it, until there is nothing left. A driver that offers more
+    /// and more is left alone after as many chains as the ring has; `event`, the queue's own, then gives the device another
+    /// turn. The caller signals.
+    pub fn serve(
+        &mut self,
+        chain: &mut Chain,
+        event: &EventFd,
+        mut serve: impl FnMut(&mut Self, &Chain) -> Result<(), QueueError>,
+    ) -> Result<(), QueueError> {
+        let mut budget = self.size();
+        loop {
+            self.disable_notification()?;
+            while budget > 0 && self.pop(chain)? {
+                budget -= 1;
+                serve(self, chain)?;
+            }
+            if budget == 0 {
+                schedule(event);
+                return Ok(());
+            }
+            if !self.enable_notification()? {
+                return Ok(());
+            }
+        }
+    }
+
     /// Asks the driver not to notify: the device is looking anyway.
     pub fn disable_notification(&mut self) -> Result<(), QueueError> {
         self.queue
@@ -335,6 +363,13 @@ impl Virtqueue {
         self.queue
             .enable_notification(&*self.mem)
             .map_err(QueueError::Ring)
+    }
+}
+
+/// Gives a device another turn on the event loop, by the event of one of its queues.
+pub fn schedule(event: &EventFd) {
+    if let Err(error) = event.write(1) {
+        tracing::error!(%error, "can't schedule the rest of a queue");
     }
 }
 

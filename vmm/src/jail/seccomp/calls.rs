@@ -50,14 +50,7 @@ const DEVICES: &[Call] = &[
     (libc::SYS_timerfd_settime, Always),
     // Disks.
     (libc::SYS_io_uring_enter, Always),
-    (libc::SYS_pread64, Always),
-    (libc::SYS_pwrite64, Always),
-    (libc::SYS_preadv, Always),
-    (libc::SYS_pwritev, Always),
     (libc::SYS_readv, Always),
-    (libc::SYS_fsync, Always),
-    (libc::SYS_fdatasync, Always),
-    (libc::SYS_fallocate, Always),
     (libc::SYS_lseek, Always),
     (libc::SYS_fstat, Always),
     (libc::SYS_statx, Always),
@@ -82,6 +75,17 @@ const DEVICES: &[Call] = &[
         ),
     ),
     (libc::SYS_ioctl, OneOf(1, &[kvm::IRQ_LINE, libc::FIONBIO])),
+];
+
+/// Requests of a disk: all that its own thread does, and what io_uring leaves half done.
+const DISK: &[Call] = &[
+    (libc::SYS_pread64, Always),
+    (libc::SYS_pwrite64, Always),
+    (libc::SYS_preadv, Always),
+    (libc::SYS_pwritev, Always),
+    (libc::SYS_fsync, Always),
+    (libc::SYS_fdatasync, Always),
+    (libc::SYS_fallocate, Always),
 ];
 
 /// The guest, and what a device does when its driver activates or resets it.
@@ -191,8 +195,9 @@ const SETUP: &[Call] = &[
 /// The lists that make up a role's filter.
 pub(super) fn of(role: Role) -> &'static [&'static [Call]] {
     match role {
-        Role::Setup => &[VCPU, EVERY_THREAD, DEVICES, SETUP],
-        Role::EventLoop => &[EVERY_THREAD, DEVICES],
+        Role::Setup => &[VCPU, EVERY_THREAD, DEVICES, DISK, SETUP],
+        Role::EventLoop => &[EVERY_THREAD, DEVICES, DISK],
+        Role::Disk => &[EVERY_THREAD, DISK],
         Role::Vcpu => &[EVERY_THREAD, VCPU],
         Role::Control => &[EVERY_THREAD, CONTROL],
     }

@@ -73,13 +73,16 @@ enum RangeKind {
     Reserved = 2,
 }
 
-/// What goes into guest memory before the first instruction.
+/// The files that go into guest memory, once they are there.
+#[derive(Debug, Clone, Copy)]
+pub struct Images {
+    kernel: Kernel,
+    initrd: Option<Initrd>,
+}
+
+/// What else goes into guest memory before the first instruction.
 #[derive(Debug)]
-pub struct BootSource<'a> {
-    /// An ELF `vmlinux`.
-    pub kernel: &'a mut File,
-    /// An initial RAM disk.
-    pub initrd: Option<&'a mut File>,
+pub struct BootData<'a> {
     /// The complete command line.
     pub cmdline: &'a str,
     /// How the kernel is entered.
@@ -88,24 +91,34 @@ pub struct BootSource<'a> {
     pub vcpu_count: u8,
 }
 
-/// Loads everything and returns where to start.
+/// Loads the kernel and the initial RAM disk. Needs nothing but memory, so it can go on beside the VM's assembly.
 ///
 /// # Errors
 /// [`BootError`].
-pub fn load(ram: &GuestRam, source: BootSource<'_>) -> Result<Entry, BootError> {
-    let kernel = kernel::load(ram, source.kernel)?;
-    let initrd = source
-        .initrd
-        .map(|file| load_initrd(ram, &kernel, file))
-        .transpose()?;
-    write_cmdline(ram, source.cmdline)?;
-    mptable::write(ram, source.vcpu_count)?;
-    let address = match source.protocol {
+pub fn load_images(
+    ram: &GuestRam,
+    kernel: &mut File,
+    initrd: Option<&mut File>,
+) -> Result<Images, BootError> {
+    let kernel = kernel::load(ram, kernel)?;
+    let initrd = initrd.map(|file| load_initrd(ram, &kernel, file)).transpose()?;
+    Ok(Images { kernel, initrd })
+}
+
+/// Writes what the kernel is handed and returns where to start.
+///
+/// # Errors
+/// [`BootError`].
+pub fn write_data(ram: &GuestRam, images: &Images, data: &BootData<'_>) -> Result<Entry, BootError> {
+    let Images { kernel, initrd } = *images;
+    write_cmdline(ram, data.cmdline)?;
+    mptable::write(ram, data.vcpu_count)?;
+    let address = match data.protocol {
         BootProtocol::Linux64 | BootProtocol::Firecracker => {
             // The decompressor decides on this in a bzImage; a vmlinux has none, and other VMMs leave it out.
-            let randomise = source.protocol == BootProtocol::Linux64
-                && !source.cmdline.split_whitespace().any(|word| word == "nokaslr");
-            linux::write_zero_page(ram, source.cmdline, initrd, randomise)?;
+            let randomise = data.protocol == BootProtocol::Linux64
+                && !data.cmdline.split_whitespace().any(|word| word == "nokaslr");
+            linux::write_zero_page(ram, data.cmdline, initrd, randomise)?;
             kernel.entry
         }
         BootProtocol::Pvh => {

@@ -9,7 +9,7 @@ use event_manager::{EventOps, Events, MutEventSubscriber};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
-use tracing::{error, warn};
+use tracing::warn;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -20,7 +20,7 @@ use super::{BalloonError, BalloonMetrics, BalloonSpec};
 use crate::devices::virtio::queue::{Chain, QueueError, Virtqueue};
 use crate::devices::virtio::{
     ActivateContext, ActivateError, FaultLog, Interrupt, RING_FEATURES, VirtioDevice, new_events,
-    read_config_bytes,
+    read_config_bytes, take_notification, watch, watched_queues,
 };
 
 const F_STATS: u64 = 1 << 1;
@@ -58,20 +58,13 @@ pub struct Balloon {
     active: Option<Active>,
 }
 
+#[derive(Debug)]
 struct Active {
     queues: Vec<(Role, Virtqueue)>,
     interrupt: Arc<dyn Interrupt>,
     chain: Chain,
     /// The statistics buffer that the guest wants back when new ones are due.
     statistics_head: Option<u16>,
-}
-
-impl std::fmt::Debug for Active {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Active")
-            .field("queues", &self.queues)
-            .finish_non_exhaustive()
-    }
 }
 
 impl Balloon {
@@ -162,48 +155,35 @@ impl Balloon {
         let Some((role, queue)) = active.queues.get_mut(index) else {
             return Ok(());
         };
-        let chain = &mut active.chain;
-        let mut budget = queue.size();
-        loop {
-            queue.disable_notification()?;
-            while budget > 0 && queue.pop(chain)? {
-                budget -= 1;
-                match role {
-                    Role::Inflate => inflate(queue, chain, &self.metrics),
-                    Role::Deflate => {
-                        let (runs, _) = request::read_pages(queue.mem(), chain);
-                        self.metrics
-                            .deflated_pages
-                            .add(runs.iter().map(|run| run.count).sum());
-                    }
-                    Role::Reporting => take_reported(queue, chain, &self.metrics),
-                    Role::Statistics => {
-                        if let Some(statistics) = request::read_statistics(queue.mem(), chain) {
-                            self.statistics = Some(statistics);
-                            self.metrics.statistics_updates.inc();
-                        }
-                        // This one stays here until new statistics are due. A guest has one; should it offer another,
-                        // it gets the older back.
-                        match active.statistics_head.replace(chain.head()) {
-                            Some(older) => queue.complete(older, 0)?,
-                            None => arm(self.timer.as_ref(), true),
-                        }
-                        continue;
-                    }
+        let (metrics, timer) = (&self.metrics, self.timer.as_ref());
+        let (statistics, statistics_head) = (&mut self.statistics, &mut active.statistics_head);
+        queue.serve(&mut active.chain, &self.queue_events[index], |queue, chain| {
+            match role {
+                Role::Inflate => inflate(queue, chain, metrics),
+                Role::Deflate => {
+                    let (runs, _) = request::read_pages(queue.mem(), chain);
+                    metrics.deflated_pages.add(runs.iter().map(|run| run.count).sum());
                 }
-                queue.complete(chain.head(), 0)?;
-            }
-            if budget == 0 {
-                // The rest after others had their turn.
-                if let Err(error) = self.queue_events[index].write(1) {
-                    error!(%error, "can't schedule the rest of a balloon queue");
+                Role::Reporting => take_reported(queue, chain, metrics),
+                Role::Statistics => {
+                    if let Some(new) = request::read_statistics(queue.mem(), chain) {
+                        *statistics = Some(new);
+                        metrics.statistics_updates.inc();
+                    }
+                    // This one stays here until new statistics are due. A guest has one; should it offer another, it gets
+                    // the older back.
+                    return match statistics_head.replace(chain.head()) {
+                        Some(older) => queue.complete(older, 0),
+                        None => {
+                            arm(timer, true);
+                            Ok(())
+                        }
+                    };
                 }
-                return queue.signal();
             }
-            if !queue.enable_notification()? {
-                return queue.signal();
-            }
-        }
+            queue.complete(chain.head(), 0)
+        })?;
+        queue.signal()
     }
 
     /// Asks the guest for new statistics by giving its buffer back.
@@ -231,10 +211,8 @@ impl Balloon {
 
     fn work(&mut self, work: impl FnOnce(&mut Self) -> Result<(), QueueError>) {
         if let Err(error) = work(self) {
-            if self.fault_log.take_line() {
-                warn!(%error, "the guest broke a queue of the balloon");
-            }
-            self.metrics.queue_failures.inc();
+            self.fault_log
+                .note_broken_queue(self.name(), &error, &self.metrics.queue_failures);
             if let Some(active) = self.active.take() {
                 active.interrupt.signal_needs_reset();
             }
@@ -327,30 +305,21 @@ impl VirtioDevice for Balloon {
     }
 
     fn activate(&mut self, context: ActivateContext) -> Result<(), ActivateError> {
-        let ActivateContext {
-            mem,
-            queues,
-            interrupt,
-            acked_features,
-        } = context;
         let mut roles = vec![Role::Inflate, Role::Deflate];
-        if acked_features & F_STATS != 0 {
+        if context.acked_features & F_STATS != 0 {
             roles.push(Role::Statistics);
         }
-        if acked_features & F_REPORTING != 0 {
+        if context.acked_features & F_REPORTING != 0 {
             roles.push(Role::Reporting);
         }
-        let queues = (0..)
-            .zip(roles.into_iter().zip(queues))
-            .map(|(index, (role, queue))| {
-                if !virtio_queue::QueueT::ready(&queue) {
-                    return Err(ActivateError::MissingQueue { index: index.into() });
-                }
-                let queue = Virtqueue::new(queue, index, Arc::clone(&mem), Arc::clone(&interrupt));
-                Ok((role, queue))
-            });
+        let interrupt = Arc::clone(&context.interrupt);
+        let mut given = context.into_queues();
+        let queues = roles
+            .into_iter()
+            .enumerate()
+            .map(|(index, role)| Ok((role, given.require(index)?)));
         self.active = Some(Active {
-            queues: queues.collect::<Result<_, _>>()?,
+            queues: queues.collect::<Result<_, ActivateError>>()?,
             interrupt,
             chain: Chain::default(),
             statistics_head: None,
@@ -368,30 +337,19 @@ impl VirtioDevice for Balloon {
 
 impl MutEventSubscriber for Balloon {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        let queue_events = (0..)
-            .zip(&self.queue_events)
-            .map(|(data, event)| Events::with_data(event, data, EventSet::IN));
         let timer = self
             .timer
             .as_ref()
             .map(|(timer, _)| Events::with_data_raw(timer.as_raw_fd(), TIMER, EventSet::IN));
-        for events in queue_events.chain(timer) {
-            if let Err(error) = ops.add(events) {
-                error!(?error, "can't watch an event of the balloon");
-            }
-        }
+        watch(ops, self.name(), watched_queues(&self.queue_events).chain(timer));
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
         if events.data() == TIMER {
             self.work(Self::request_statistics);
-            return;
-        }
-        let index = events.data() as usize;
-        if let Some(event) = self.queue_events.get(index) {
-            // Fails only if there is nothing to clear.
-            let _ = event.read();
-            self.metrics.notifications.inc();
+        } else if let Some(index) =
+            take_notification(&self.queue_events, &events, &self.metrics.notifications)
+        {
             self.work(|device| device.process_queue(index));
         }
     }

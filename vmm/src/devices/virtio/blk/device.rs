@@ -16,9 +16,10 @@ use super::engine::{Completion, Engine, InFlight};
 use super::request::{self, Limits, Operation, Refusal, Request};
 use super::{BlkError, BlkMetrics, BlkSpec, MAX_SERIAL_LEN};
 use crate::devices::virtio::iovec::GuestIovecs;
-use crate::devices::virtio::queue::{Chain, QueueError, Segment, Virtqueue, write_segments};
+use crate::devices::virtio::queue::{Chain, QueueError, Segment, Virtqueue, schedule, write_segments};
 use crate::devices::virtio::{
     ActivateContext, ActivateError, FaultLog, Interrupt, VirtioDevice, new_events, read_config_bytes,
+    take_notification, watch, watched_queues,
 };
 
 const QUEUE_SIZE: u16 = 256;
@@ -30,7 +31,7 @@ const COMPLETION: u32 = u32::MAX;
 pub struct Blk {
     id: String,
     serial: [u8; MAX_SERIAL_LEN],
-    disk: Disk,
+    disk: Arc<Disk>,
     engine: Engine,
     features: u64,
     config: [u8; CONFIG_LEN],
@@ -45,6 +46,7 @@ pub struct Blk {
 }
 
 /// What exists between activation and reset.
+#[derive(Debug)]
 struct Active {
     queues: Vec<Virtqueue>,
     interrupt: Arc<dyn Interrupt>,
@@ -52,16 +54,6 @@ struct Active {
     stalled: bool,
     /// The guest broke a queue; nothing more happens until the reset.
     broken: bool,
-}
-
-impl std::fmt::Debug for Active {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Active")
-            .field("queues", &self.queues)
-            .field("stalled", &self.stalled)
-            .field("broken", &self.broken)
-            .finish_non_exhaustive()
-    }
 }
 
 /// Why the device stopped taking requests from a queue.
@@ -81,14 +73,15 @@ impl Blk {
             serial: serial_text,
             queues,
             engine,
+            confine,
         } = spec;
-        let disk = Disk::new(&id, file, read_only)?;
+        let disk = Arc::new(Disk::new(&id, file, read_only)?);
         let host_error = |what, source| BlkError::Host {
             id: id.clone(),
             what,
             source,
         };
-        let engine = Engine::new(engine, &disk).map_err(|source| host_error("io_uring", source))?;
+        let engine = Engine::new(engine, &disk, confine).map_err(|source| host_error("io engine", source))?;
         let queue_events =
             new_events(queues.into()).map_err(|source| host_error("event descriptors", source))?;
         let mut serial = [0; MAX_SERIAL_LEN];
@@ -153,9 +146,7 @@ impl Blk {
                     return Ok(());
                 }
                 Pause::TurnOver => {
-                    if let Err(error) = self.queue_events[index].write(1) {
-                        error!(drive = self.id, %error, "can't schedule the rest of a queue");
-                    }
+                    schedule(&self.queue_events[index]);
                     return Ok(());
                 }
             }
@@ -241,17 +232,13 @@ impl Blk {
             self.metrics.refused_requests.inc();
             return answer(queue, chain.head(), request.status, false, 1);
         }
-        let started = self.engine.start(
-            &self.disk,
-            InFlight {
-                queue_index: index,
-                head: chain.head(),
-                status: request.status,
-                operation: request.operation,
-                iovecs,
-            },
-        );
-        self.completed.extend(started);
+        self.engine.push(InFlight {
+            queue_index: index,
+            head: chain.head(),
+            status: request.status,
+            operation: request.operation,
+            iovecs,
+        });
         Ok(())
     }
 
@@ -332,10 +319,8 @@ impl Blk {
     }
 
     fn fail(&mut self, error: &QueueError) {
-        if self.fault_log.take_line() {
-            warn!(drive = self.id, %error, "the guest broke a queue of the block device");
-        }
-        self.metrics.queue_failures.inc();
+        self.fault_log
+            .note_broken_queue(&self.id, error, &self.metrics.queue_failures);
         self.abandon();
     }
 
@@ -376,21 +361,11 @@ impl VirtioDevice for Blk {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, context: ActivateContext) -> Result<(), ActivateError> {
-        let ActivateContext {
-            mem,
-            queues,
-            interrupt,
-            ..
-        } = context;
+        let interrupt = Arc::clone(&context.interrupt);
+        let mut given = context.into_queues();
         // A driver may use fewer queues than there are, from the first on.
-        let queues: Vec<Virtqueue> = (0..)
-            .zip(queues)
-            .take_while(|(_, queue)| virtio_queue::QueueT::ready(queue))
-            .map(|(index, queue)| Virtqueue::new(queue, index, Arc::clone(&mem), Arc::clone(&interrupt)))
-            .collect();
-        if queues.is_empty() {
-            return Err(ActivateError::MissingQueue { index: 0 });
-        }
+        let mut queues = vec![given.require(0)?];
+        queues.extend((1..).map_while(|index| given.take(index)));
         self.active = Some(Active {
             queues,
             interrupt,
@@ -409,30 +384,17 @@ impl VirtioDevice for Blk {
 
 impl MutEventSubscriber for Blk {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        let queue_events = (0..).zip(&self.queue_events);
-        for (data, event) in
-            queue_events.chain(self.engine.completion_event().map(|event| (COMPLETION, event)))
-        {
-            if let Err(error) = ops.add(Events::with_data(event, data, EventSet::IN)) {
-                error!(
-                    drive = self.id,
-                    ?error,
-                    "can't watch an event of the block device"
-                );
-            }
-        }
+        let completion = Events::with_data(self.engine.completion_event(), COMPLETION, EventSet::IN);
+        let queues = watched_queues(&self.queue_events);
+        watch(ops, &self.id, queues.chain([completion]));
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
         if events.data() == COMPLETION {
             self.process_completions();
-            return;
-        }
-        let index = events.data() as usize;
-        if let Some(event) = self.queue_events.get(index) {
-            // Fails only if there is nothing to clear.
-            let _ = event.read();
-            self.metrics.notifications.inc();
+        } else if let Some(index) =
+            take_notification(&self.queue_events, &events, &self.metrics.notifications)
+        {
             self.process_queue(index);
         }
     }

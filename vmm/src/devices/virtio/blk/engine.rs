@@ -1,13 +1,15 @@
-//! How requests reach the disk: io_uring where the host has it, else one system call each.
+//! How requests reach the disk: io_uring where the host has it, else one system call each on a thread.
 //!
 //! Owner: the device, under its lock. [`InFlight`] is what a request needs until it is done; it owns the list of guest
 //! buffers, and with it a reference to guest memory.
 
 use std::io;
+use std::sync::Arc;
 
 use super::backend::Disk;
 use super::request::Operation;
 use super::uring::UringEngine;
+use super::worker::WorkerEngine;
 use crate::devices::virtio::iovec::GuestIovecs;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
@@ -15,12 +17,12 @@ use vmm_sys_util::eventfd::EventFd;
 /// Which engine to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EngineChoice {
-    /// io_uring if it can be set up, else synchronous.
+    /// io_uring if it can be set up, else a thread.
     #[default]
     Auto,
     /// io_uring or an error.
     IoUring,
-    /// Synchronous.
+    /// A thread and one system call a request.
     Sync,
 }
 
@@ -48,78 +50,85 @@ pub struct Completion {
     pub result: io::Result<()>,
 }
 
+/// The most requests an engine works on at a time.
+pub const SLOTS: u16 = 128;
+
+/// What a thread does before anything else; where it fails, the thread ends.
+pub type Confine = Box<dyn FnOnce() -> Result<(), String> + Send>;
+
 /// The engine in use.
 #[derive(Debug)]
 pub enum Engine {
-    /// Requests are made one by one on the caller's thread.
-    Sync,
+    /// Requests are made one by one on a thread of the disk's own.
+    Worker(WorkerEngine),
     /// Requests go to the kernel in batches.
     IoUring(Box<UringEngine>),
 }
 
 impl Engine {
-    /// Sets the engine up; io_uring gets the disk's file and nothing else.
-    pub fn new(choice: EngineChoice, disk: &Disk) -> io::Result<Self> {
+    /// Sets the engine up; io_uring gets the disk's file and nothing else. `confine` is for a thread, if there is one.
+    pub fn new(choice: EngineChoice, disk: &Arc<Disk>, confine: Confine) -> io::Result<Self> {
         match choice {
-            EngineChoice::Sync => Ok(Self::Sync),
+            EngineChoice::Sync => Ok(Self::Worker(WorkerEngine::new(disk, confine)?)),
             EngineChoice::IoUring => Ok(Self::IoUring(Box::new(UringEngine::new(disk)?))),
             EngineChoice::Auto => match UringEngine::new(disk) {
                 Ok(engine) => Ok(Self::IoUring(Box::new(engine))),
                 Err(error) => {
-                    tracing::info!(%error, "io_uring is not usable on this host, disk requests are synchronous");
-                    Ok(Self::Sync)
+                    tracing::info!(%error, "io_uring is not usable on this host, disk requests take a thread");
+                    Ok(Self::Worker(WorkerEngine::new(disk, confine)?))
                 }
             },
         }
     }
 
     /// The descriptor that becomes readable when requests complete after [`Engine::submit`] has returned.
-    pub fn completion_event(&self) -> Option<&EventFd> {
+    pub fn completion_event(&self) -> &EventFd {
         match self {
-            Self::Sync => None,
-            Self::IoUring(engine) => Some(engine.completion_event()),
+            Self::Worker(engine) => engine.completion_event(),
+            Self::IoUring(engine) => engine.completion_event(),
         }
     }
 
     /// Whether another request can be started.
     pub fn has_room(&self) -> bool {
         match self {
-            Self::Sync => true,
+            Self::Worker(engine) => engine.has_room(),
             Self::IoUring(engine) => engine.has_room(),
         }
     }
 
-    /// Starts a request; there must be room. Returns it if it is done already.
-    pub fn start(&mut self, disk: &Disk, request: InFlight) -> Option<Completion> {
+    /// Starts a request; there must be room.
+    pub fn push(&mut self, request: InFlight) {
         match self {
-            Self::Sync => Some(perform(disk, request)),
-            Self::IoUring(engine) => {
-                engine.push(request);
-                None
-            }
+            Self::Worker(engine) => engine.push(request),
+            Self::IoUring(engine) => engine.push(request),
         }
     }
 
     /// Hands what was started to the kernel and passes what is done to `done`.
     pub fn submit(&mut self, disk: &Disk, done: &mut dyn FnMut(Completion)) -> io::Result<()> {
         match self {
-            Self::Sync => Ok(()),
+            Self::Worker(_) => Ok(()),
             Self::IoUring(engine) => engine.submit(disk, done),
         }
     }
 
     /// Passes what is done to `done`, after the completion event.
     pub fn reap(&mut self, disk: &Disk, done: &mut dyn FnMut(Completion)) {
-        if let Self::IoUring(engine) = self {
-            engine.acknowledge_event();
-            engine.reap(disk, done);
+        match self {
+            Self::Worker(engine) => engine.reap(done),
+            Self::IoUring(engine) => {
+                engine.acknowledge_event();
+                engine.reap(disk, done);
+            }
         }
     }
 
     /// Waits until the kernel has let go of all guest memory.
     pub fn drain(&mut self) {
-        if let Self::IoUring(engine) = self {
-            engine.drain();
+        match self {
+            Self::Worker(engine) => engine.drain(),
+            Self::IoUring(engine) => engine.drain(),
         }
     }
 }

@@ -1,17 +1,18 @@
 //! virtio-blk (virtio 1.2, §5.2): a disk image of the host as a disk of the guest.
 //!
 //! Owner: the device manager. Thread: the event loop, except activation and reset, which come from a vCPU; the device's
-//! lock orders them. With the synchronous engine a request occupies the event loop until the disk has answered.
+//! lock orders them. Neither engine keeps the event loop waiting for the disk: io_uring works in the kernel, the other one
+//! on a thread of its own ([`worker`]).
 //!
 //! ```text
-//!   driver ── queue event ──► pop ──► Request::parse ──► Engine::start ──┐ submit
+//!   driver ── queue event ──► pop ──► Request::parse ──► Engine::push ───┐ submit
 //!   driver ◄── interrupt ── used ring ◄── status byte ◄── Completion ◄───┘ at once, or after the completion event
 //! ```
 //!
 //! Invariants:
 //! - A read-only disk is read-only by the way the host opened it; the refusal in `request` only makes it polite.
 //! - Every request taken from a queue is answered exactly once, unless the queue breaks or the device is reset.
-//! - Reset and drop wait for the host kernel to finish with guest memory (CVE-2026-45782).
+//! - Reset, on the vCPU that asks for it, and drop wait for the host kernel to finish with guest memory (CVE-2026-45782).
 //! - The engine's slots and the ring's size bound what is in flight; one turn on the event loop takes at most twice the
 //!   ring's size from a queue before other devices get theirs.
 
@@ -25,6 +26,7 @@ mod request;
 #[expect(clippy::cast_possible_truncation, reason = "test data")]
 mod tests;
 mod uring;
+mod worker;
 
 use std::fs::File;
 use std::io;
@@ -33,7 +35,7 @@ use thiserror::Error;
 
 pub use backend::ImageError;
 pub use device::Blk;
-pub use engine::EngineChoice;
+pub use engine::{Confine, EngineChoice};
 pub use metrics::BlkMetrics;
 
 /// The most queues a device has.
@@ -75,7 +77,6 @@ pub enum BlkError {
 }
 
 /// A validated description of a block device.
-#[derive(Debug)]
 pub struct BlkSpec {
     id: String,
     file: File,
@@ -83,6 +84,16 @@ pub struct BlkSpec {
     serial: String,
     queues: u16,
     engine: EngineChoice,
+    confine: Confine,
+}
+
+impl std::fmt::Debug for BlkSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BlkSpec")
+            .field("id", &self.id)
+            .field("engine", &self.engine)
+            .finish_non_exhaustive()
+    }
 }
 
 impl BlkSpec {
@@ -95,6 +106,7 @@ impl BlkSpec {
             serial: String::new(),
             queues: 1,
             engine: EngineChoice::Auto,
+            confine: Box::new(|| Ok(())),
         }
     }
 
@@ -119,6 +131,12 @@ impl BlkSpec {
     /// Sets the engine.
     pub fn with_engine(mut self, engine: EngineChoice) -> Self {
         self.engine = engine;
+        self
+    }
+
+    /// Sets what a thread of the engine's own, should it need one, does before anything else.
+    pub fn with_confinement(mut self, confine: Confine) -> Self {
+        self.confine = confine;
         self
     }
 }

@@ -114,6 +114,49 @@ fn metric(driver: &TestDriver<Blk>, name: &str) -> u64 {
 }
 
 #[test]
+fn disk_that_hangs_delays_its_own_requests_and_nothing_else() {
+    let (let_go, hold) = std::sync::mpsc::channel::<()>();
+    let image = image(&pattern(1 << 20));
+    let spec = BlkSpec::new("vda", open(&image, true), true)
+        .with_engine(EngineChoice::Sync)
+        .with_confinement(Box::new(move || {
+            // Stands for a system call that doesn't return.
+            let _ = hold.recv();
+            Ok(())
+        }));
+    let mut driver = TestDriver::new(Blk::new(spec).unwrap());
+    let data = driver.alloc(512);
+    let status = driver.place(&[0xee]);
+    let head = header(&mut driver, IN, 1);
+    for _ in 0..2 {
+        driver.add(0, &[readable(head, 16), writable(data, 512), writable(status, 1)]);
+        driver.kick(0);
+        // Returns, though the disk doesn't.
+        driver.run();
+        assert!(driver.used(0).is_empty());
+    }
+    drop(let_go);
+    let mut used = 0;
+    driver.run_until(|driver| {
+        used += driver.used(0).len();
+        used == 2
+    });
+    assert_eq!(driver.bytes(status, 1), [OK]);
+    assert_eq!(driver.bytes(data, 512), pattern(1024)[512..]);
+}
+
+#[test]
+fn requests_fail_when_the_disks_thread_can_not_be_confined() {
+    let image = image(&pattern(4096));
+    let spec = BlkSpec::new("vda", open(&image, true), true)
+        .with_engine(EngineChoice::Sync)
+        .with_confinement(Box::new(|| Err("no filter".to_owned())));
+    let mut driver = TestDriver::new(Blk::new(spec).unwrap());
+    let data = driver.alloc(512);
+    assert_eq!(request(&mut driver, IN, 0, Some((data, 512, true))).0, IOERR);
+}
+
+#[test]
 fn reads_return_what_the_image_holds() {
     with_engines(|mut driver, _image| {
         let data = driver.alloc(64 * 1024);

@@ -24,12 +24,9 @@ use io_uring::{
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{self, Disk};
-use super::engine::{Completion, InFlight, perform};
+use super::engine::{Completion, InFlight, SLOTS, perform};
 use super::request::Operation;
 use crate::devices::virtio::new_event;
-
-/// Requests the kernel works on at a time, per device.
-pub const SLOTS: u16 = 128;
 
 const DISK: Fixed = Fixed(0);
 

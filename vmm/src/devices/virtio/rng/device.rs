@@ -4,16 +4,14 @@ use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use rustix::rand::{GetRandomFlags, getrandom};
-use tracing::{error, warn};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
-use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{MAX_REQUEST_BYTES, RngError, RngMetrics};
 use crate::devices::virtio::queue::{Chain, QueueError, Virtqueue, slice_segments, write_segments};
 use crate::devices::virtio::{
     ActivateContext, ActivateError, FaultLog, Interrupt, RING_FEATURES, VirtioDevice, new_events,
-    read_config_bytes,
+    read_config_bytes, take_notification, watch, watched_queues,
 };
 
 const QUEUE_SIZES: [u16; 1] = [64];
@@ -27,18 +25,11 @@ pub struct Rng {
     active: Option<Active>,
 }
 
+#[derive(Debug)]
 struct Active {
     queue: Virtqueue,
     interrupt: Arc<dyn Interrupt>,
     chain: Chain,
-}
-
-impl std::fmt::Debug for Active {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Active")
-            .field("queue", &self.queue)
-            .finish_non_exhaustive()
-    }
 }
 
 impl Rng {
@@ -61,30 +52,17 @@ impl Rng {
         let Some(Active { queue, chain, .. }) = &mut self.active else {
             return Ok(());
         };
-        let mut budget = queue.size();
-        loop {
-            queue.disable_notification()?;
-            while budget > 0 && queue.pop(chain)? {
-                budget -= 1;
-                let written = fill(queue, chain);
-                if written == 0 {
-                    self.metrics.failed_requests.inc();
-                }
-                self.metrics.requests.inc();
-                self.metrics.entropy_bytes.add(written.into());
-                queue.complete(chain.head(), written)?;
+        let metrics = &self.metrics;
+        queue.serve(chain, &self.queue_events[0], |queue, chain| {
+            let written = fill(queue, chain);
+            if written == 0 {
+                metrics.failed_requests.inc();
             }
-            if budget == 0 {
-                // The rest after others had their turn.
-                if let Err(error) = self.queue_events[0].write(1) {
-                    error!(%error, "can't schedule the rest of the entropy queue");
-                }
-                return queue.signal();
-            }
-            if !queue.enable_notification()? {
-                return queue.signal();
-            }
-        }
+            metrics.requests.inc();
+            metrics.entropy_bytes.add(written.into());
+            queue.complete(chain.head(), written)
+        })?;
+        queue.signal()
     }
 }
 
@@ -141,19 +119,9 @@ impl VirtioDevice for Rng {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, context: ActivateContext) -> Result<(), ActivateError> {
-        let ActivateContext {
-            mem,
-            queues,
-            interrupt,
-            ..
-        } = context;
-        let queue = queues
-            .into_iter()
-            .next()
-            .filter(virtio_queue::QueueT::ready)
-            .ok_or(ActivateError::MissingQueue { index: 0 })?;
+        let interrupt = Arc::clone(&context.interrupt);
         self.active = Some(Active {
-            queue: Virtqueue::new(queue, 0, mem, Arc::clone(&interrupt)),
+            queue: context.into_queues().require(0)?,
             interrupt,
             chain: Chain::default(),
         });
@@ -167,22 +135,14 @@ impl VirtioDevice for Rng {
 
 impl MutEventSubscriber for Rng {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        for event in &self.queue_events {
-            if let Err(error) = ops.add(Events::new(event, EventSet::IN)) {
-                error!(?error, "can't watch an event of the entropy device");
-            }
-        }
+        watch(ops, self.name(), watched_queues(&self.queue_events));
     }
 
-    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
-        // Fails only if there is nothing to clear.
-        let _ = self.queue_events[0].read();
-        self.metrics.notifications.inc();
+    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
+        take_notification(&self.queue_events, &events, &self.metrics.notifications);
         if let Err(error) = self.process_queue() {
-            if self.fault_log.take_line() {
-                warn!(%error, "the guest broke the queue of the entropy device");
-            }
-            self.metrics.queue_failures.inc();
+            self.fault_log
+                .note_broken_queue(self.name(), &error, &self.metrics.queue_failures);
             if let Some(active) = self.active.take() {
                 active.interrupt.signal_needs_reset();
             }

@@ -52,6 +52,8 @@ pub struct Backend {
     pub(super) resets: VecDeque<(u32, u32)>,
     pub(super) metrics: Arc<VsockMetrics>,
     listener: UnixListener,
+    /// The guest has a driver.
+    started: bool,
     listening: bool,
     accept_again: Option<Instant>,
     /// Streams for the guest's requests, each for one.
@@ -91,6 +93,7 @@ impl Backend {
             resets: VecDeque::new(),
             metrics,
             listener,
+            started: false,
             listening: false,
             accept_again: None,
             guest_ports,
@@ -108,22 +111,51 @@ impl Backend {
 
     /// Begins to accept connections: the guest has a driver.
     pub fn start(&mut self) {
+        self.started = true;
         self.listen();
     }
 
-    /// Closes all connections and stops accepting.
+    /// Stops accepting and ends all connections: there is no driver any more. What the guest has sent still waits for its
+    /// readers.
     pub fn stop(&mut self) {
+        self.started = false;
         self.unlisten();
         self.accept_again = None;
-        self.table.clear();
         self.ready.clear();
         self.resets.clear();
-        self.metrics.connections_open_count.set(0);
+        for handle in self.table.handles() {
+            match self.table.connection(handle) {
+                Some(connection) if connection.backlog_len() > 0 => self.drain(handle),
+                _ => self.remove(handle),
+            }
+        }
         self.set_timer(None);
     }
 
+    /// Bytes from the guest that wait for the host's readers.
+    pub fn undelivered_bytes(&mut self) -> usize {
+        let waiting = self
+            .table
+            .connections()
+            .map(|(_, connection)| connection.backlog_len());
+        waiting.sum()
+    }
+
+    /// Writes what sockets have room for. Events come only once a socket is nearly empty, which is too late where time is
+    /// short.
+    pub fn flush(&mut self) {
+        for handle in self.table.handles() {
+            if let Some(connection) = self.table.connection(handle)
+                && connection.backlog_len() > 0
+            {
+                connection.flush();
+                self.after_flush(handle);
+            }
+        }
+    }
+
     fn listen(&mut self) {
-        if !self.listening {
+        if self.started && !self.listening {
             let event = EpollEvent::new(EventSet::IN, LISTENER);
             match self
                 .epoll

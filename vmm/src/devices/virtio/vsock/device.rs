@@ -8,7 +8,7 @@ use event_manager::{EventOps, Events, MutEventSubscriber};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
-use tracing::{error, warn};
+use tracing::warn;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -19,10 +19,10 @@ use super::packet::Header;
 use super::queues::{Payload, RxQueue};
 use super::{VsockError, VsockMetrics, VsockSpec};
 use crate::devices::virtio::iovec::GuestIovecs;
-use crate::devices::virtio::queue::{Chain, QueueError, Virtqueue};
+use crate::devices::virtio::queue::{Chain, QueueError, Virtqueue, schedule};
 use crate::devices::virtio::{
     ActivateContext, ActivateError, FaultLog, Interrupt, RING_FEATURES, VirtioDevice, new_events,
-    read_config_bytes,
+    read_config_bytes, take_notification, watch, watched_queues,
 };
 
 /// VIRTIO_VSOCK_F_STREAM.
@@ -56,6 +56,7 @@ pub struct Vsock {
 }
 
 /// What exists between activation and reset.
+#[derive(Debug)]
 struct Active {
     rx: RxQueue,
     tx: Virtqueue,
@@ -66,14 +67,6 @@ struct Active {
     flush_due: bool,
     chain: Chain,
     iovecs: GuestIovecs,
-}
-
-impl std::fmt::Debug for Active {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Active")
-            .field("starved", &self.starved)
-            .finish_non_exhaustive()
-    }
 }
 
 impl Vsock {
@@ -106,13 +99,28 @@ impl Vsock {
         Arc::clone(&self.metrics)
     }
 
+    /// Takes what the guest has sent up to now and ends its connections: it won't run again. What is left to do is to
+    /// have readers on the host take [`Vsock::undelivered_bytes`].
+    pub fn finish(&mut self) {
+        self.work(Self::receive);
+        self.reset();
+    }
+
+    /// Bytes from the guest that wait for readers on the host.
+    pub fn undelivered_bytes(&mut self) -> usize {
+        self.backend.undelivered_bytes()
+    }
+
+    /// Gives readers on the host what they have room for.
+    pub fn flush_undelivered(&mut self) {
+        self.backend.flush();
+    }
+
     fn work(&mut self, work: impl FnOnce(&mut Self) -> Result<(), QueueError>) {
         let result = work(self).and_then(|()| self.serve());
         if let Err(error) = result {
-            if self.fault_log.take_line() {
-                warn!(%error, "the guest broke a queue of the socket device");
-            }
-            self.metrics.queue_failures.inc();
+            self.fault_log
+                .note_broken_queue(self.name(), &error, &self.metrics.queue_failures);
             if let Some(active) = self.active.take() {
                 active.interrupt.signal_needs_reset();
             }
@@ -125,29 +133,20 @@ impl Vsock {
         let Some(active) = &mut self.active else {
             return Ok(());
         };
-        let mut budget = active.tx.size();
-        loop {
-            active.tx.disable_notification()?;
-            while budget > 0 && active.tx.pop(&mut active.chain)? {
-                budget -= 1;
-                let chain = &active.chain;
-                match Header::read(active.tx.mem(), chain.readable()) {
+        let (backend, metrics, iovecs) = (&mut self.backend, &self.metrics, &mut active.iovecs);
+        active
+            .tx
+            .serve(&mut active.chain, &self.queue_events[TX], |queue, chain| {
+                match Header::read(queue.mem(), chain.readable()) {
                     Some(header) => {
-                        let payload = Payload::new(active.tx.mem(), chain, &mut active.iovecs, header.len);
-                        self.backend.receive(&header, payload);
+                        let payload = Payload::new(queue.mem(), chain, iovecs, header.len);
+                        backend.receive(&header, payload);
                     }
-                    None => self.metrics.dropped_packets.inc(),
+                    None => metrics.dropped_packets.inc(),
                 }
-                active.tx.complete(chain.head(), 0)?;
-            }
-            if budget == 0 {
-                trigger(&self.queue_events[TX]);
-                return self.report();
-            }
-            if !active.tx.enable_notification()? {
-                return self.report();
-            }
-        }
+                queue.complete(chain.head(), 0)
+            })?;
+        self.report()
     }
 
     /// Tells the guest that its packets are done with, when enough have come together.
@@ -201,7 +200,7 @@ impl Vsock {
                 }
             }
         }
-        trigger(&self.queue_events[RX]);
+        schedule(&self.queue_events[RX]);
         Ok(())
     }
 
@@ -245,29 +244,13 @@ impl VirtioDevice for Vsock {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, context: ActivateContext) -> Result<(), ActivateError> {
-        let ActivateContext {
-            mem,
-            queues,
-            interrupt,
-            ..
-        } = context;
+        let mem = Arc::clone(&context.mem);
+        let interrupt = Arc::clone(&context.interrupt);
         // The third queue carries events of migration only: there is nothing to put into it yet.
-        let mut data_queues = (0..).zip(queues).map(|(index, queue)| {
-            virtio_queue::QueueT::ready(&queue)
-                .then(|| Virtqueue::new(queue, index, Arc::clone(&mem), Arc::clone(&interrupt)))
-        });
-        let rx = data_queues
-            .next()
-            .flatten()
-            .ok_or(ActivateError::MissingQueue { index: RX })?;
-        let tx = data_queues
-            .next()
-            .flatten()
-            .ok_or(ActivateError::MissingQueue { index: TX })?;
-        drop(data_queues);
+        let mut queues = context.into_queues();
         self.active = Some(Active {
-            rx: RxQueue::new(rx),
-            tx,
+            rx: RxQueue::new(queues.require(RX)?),
+            tx: queues.require(TX)?,
             interrupt,
             starved: false,
             flush_due: false,
@@ -287,51 +270,25 @@ impl VirtioDevice for Vsock {
 
 impl MutEventSubscriber for Vsock {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        let queue_events = (0..)
-            .zip(&self.queue_events)
-            .map(|(data, event)| Events::with_data(event, data, EventSet::IN));
         let backend = Events::with_data_raw(self.backend.event(), BACKEND, EventSet::IN);
         let flush = Events::with_data_raw(self.flush_timer.as_raw_fd(), FLUSH, EventSet::IN);
-        for events in queue_events.chain([backend, flush]) {
-            if let Err(error) = ops.add(events) {
-                error!(?error, "can't watch an event of the socket device");
-            }
-        }
+        let queues = watched_queues(&self.queue_events);
+        watch(ops, self.name(), queues.chain([backend, flush]));
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
         match events.data() {
-            BACKEND => {
-                self.work(|device| {
-                    device.backend.process_events();
-                    Ok(())
-                });
-                return;
-            }
-            FLUSH => {
-                self.work(Self::flush);
-                return;
-            }
-            _ => {}
+            BACKEND => self.work(|device| {
+                device.backend.process_events();
+                Ok(())
+            }),
+            FLUSH => self.work(Self::flush),
+            _ => match take_notification(&self.queue_events, &events, &self.metrics.notifications) {
+                Some(RX) => self.work(Self::resume),
+                Some(TX) => self.work(Self::receive),
+                _ => {}
+            },
         }
-        let index = events.data() as usize;
-        if let Some(event) = self.queue_events.get(index) {
-            // Fails only if there is nothing to clear.
-            let _ = event.read();
-            self.metrics.notifications.inc();
-        }
-        match index {
-            RX => self.work(Self::resume),
-            TX => self.work(Self::receive),
-            _ => {}
-        }
-    }
-}
-
-/// Gives the device another turn on the event loop.
-fn trigger(event: &EventFd) {
-    if let Err(error) = event.write(1) {
-        error!(%error, "can't schedule the rest of a queue");
     }
 }
 

@@ -162,7 +162,7 @@ impl Backend {
     }
 
     /// The guest is done with a connection; what it sent before still reaches the host.
-    fn drain(&mut self, handle: Handle) {
+    pub(super) fn drain(&mut self, handle: Handle) {
         self.table.unbind(handle);
         let Some(connection) = self.table.connection(handle) else {
             return;

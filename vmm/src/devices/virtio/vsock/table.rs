@@ -187,14 +187,15 @@ impl Table {
         })
     }
 
-    /// Forgets everything; sockets are closed.
-    pub fn clear(&mut self) {
-        for slot in &mut self.slots {
-            if slot.entry.take().is_some() {
-                slot.generation = slot.generation.wrapping_add(1) & i32::MAX.cast_unsigned();
-            }
-        }
-        self.free = (0..).zip(&self.slots).map(|(index, _)| index).collect();
-        self.by_ports.clear();
+    /// Handles of all entries.
+    pub fn handles(&self) -> Vec<Handle> {
+        (0..)
+            .zip(&self.slots)
+            .filter(|(_, slot)| slot.entry.is_some())
+            .map(|(index, slot)| Handle {
+                index,
+                generation: slot.generation,
+            })
+            .collect()
     }
 }
