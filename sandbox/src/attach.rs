@@ -260,7 +260,7 @@ fn start_exec(
     attached: bool,
 ) -> Result<Pending<WaitProcess>> {
     let reference = process_ref(record.id.as_str(), exec_id);
-    let mut process = process.for_agent();
+    let mut process = process.for_agent(&record.spec.confinement)?;
     if !attached {
         (process.attach_stdin, process.attach_stdout, process.attach_stderr) = (false, false, false);
     }

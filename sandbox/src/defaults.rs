@@ -1,6 +1,6 @@
 //! What a container gets unless told otherwise: the same as from docker.
 
-use agent_protocol::{Capabilities, Mount, Rlimit};
+use agent_protocol::{Mount, Rlimit};
 
 /// PATH where an image gives none.
 pub(crate) const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -28,15 +28,14 @@ pub(crate) const READONLY_PATHS: [&str; 5] = [
     "/proc/sysrq-trigger",
 ];
 
-/// CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID, SETPCAP, NET_BIND_SERVICE, NET_RAW, SYS_CHROOT,
-/// MKNOD, AUDIT_WRITE, SETFCAP.
-const CAPABILITY_NUMBERS: [u32; 14] = [0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31];
-
 /// RLIMIT_NOFILE.
 const NOFILE: u32 = 7;
 const NOFILE_LIMIT: u64 = 1_048_576;
 
-pub(crate) fn mounts() -> Vec<Mount> {
+/// Docker's size of `/dev/shm`.
+const SHM_BYTES: u64 = 64 << 20;
+
+pub(crate) fn mounts(shm_bytes: Option<u64>, privileged: bool) -> Vec<Mount> {
     let entry = |destination: &str, kind: &str, options: &[&str]| Mount {
         destination: destination.to_owned(),
         type_: kind.to_owned(),
@@ -45,6 +44,8 @@ pub(crate) fn mounts() -> Vec<Mount> {
         ..Mount::default()
     };
     let plain = ["nosuid", "noexec", "nodev"];
+    let shm_size = format!("size={}", shm_bytes.unwrap_or(SHM_BYTES));
+    let kernel = if privileged { "rw" } else { "ro" };
     vec![
         entry("/proc", "proc", &plain),
         entry(
@@ -64,32 +65,19 @@ pub(crate) fn mounts() -> Vec<Mount> {
                 "gid=5",
             ],
         ),
-        entry("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
+        entry("/sys", "sysfs", &["nosuid", "noexec", "nodev", kernel]),
         entry(
             "/sys/fs/cgroup",
             "cgroup2",
-            &["nosuid", "noexec", "nodev", "relatime", "ro"],
+            &["nosuid", "noexec", "nodev", "relatime", kernel],
         ),
         entry("/dev/mqueue", "mqueue", &plain),
         entry(
             "/dev/shm",
             "tmpfs",
-            &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"],
+            &["nosuid", "noexec", "nodev", "mode=1777", &shm_size],
         ),
     ]
-}
-
-pub(crate) fn capabilities() -> Capabilities {
-    let mask = CAPABILITY_NUMBERS
-        .iter()
-        .fold(0, |mask, number| mask | 1 << number);
-    Capabilities {
-        bounding: mask,
-        effective: mask,
-        permitted: mask,
-        root_only: true,
-        ..Capabilities::default()
-    }
 }
 
 pub(crate) fn rlimits() -> Vec<Rlimit> {
@@ -110,7 +98,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn capabilities_are_dockers_fourteen() {
-        assert_eq!(capabilities().bounding, 0xa804_25fb);
+    fn shared_memory_has_the_size_asked_for() {
+        let options = |mounts: Vec<Mount>| {
+            mounts
+                .into_iter()
+                .find(|m| m.destination == "/dev/shm")
+                .unwrap()
+                .options
+        };
+        assert!(options(mounts(None, false)).contains(&"size=67108864".to_owned()));
+        assert!(options(mounts(Some(4096), false)).contains(&"size=4096".to_owned()));
+    }
+
+    #[test]
+    fn kernel_interfaces_are_writable_for_the_privileged_alone() {
+        let read_only = |privileged| {
+            mounts(None, privileged)
+                .iter()
+                .filter(|mount| mount.options.contains(&"ro".to_owned()))
+                .count()
+        };
+        assert_eq!((read_only(false), read_only(true)), (2, 0));
     }
 }

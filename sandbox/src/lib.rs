@@ -18,6 +18,7 @@
 
 pub mod agent_client;
 pub mod attach;
+mod capabilities;
 pub mod confinement;
 mod container_store;
 mod defaults;
@@ -32,6 +33,7 @@ mod process_handle;
 pub mod rootfs;
 mod run_dir;
 mod runtime;
+mod seccomp;
 mod session;
 mod signals;
 mod spec;

@@ -164,7 +164,7 @@ impl MicroVm {
         let mut agent = AgentClient::new(rpc);
         // All under way at once, and handled in order: one round trip. Whichever fails first says why.
         let connect = agent.send_connect(true)?;
-        let create = agent.send::<CreateContainer>(&record.spec.for_agent(&record.id))?;
+        let create = agent.send::<CreateContainer>(&record.spec.for_agent(&record.id)?)?;
         let start = agent.send::<StartProcess>(&process)?;
         let exit = agent.send::<WaitProcess>(&process)?;
         let hello = agent.finish_connect(&connect)?;

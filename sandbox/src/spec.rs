@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use agent_protocol::{
-    CreateContainerRequest, FileContent, Mount, Process, Resources, Sysctl, WindowSize, process,
+    CreateContainerRequest, Device, FileContent, Mount, Process, Resources, Sysctl, WindowSize, process,
 };
 
 use serde::{Deserialize, Serialize};
@@ -166,7 +166,8 @@ impl ProcessSpec {
         })
     }
 
-    pub(crate) fn for_agent(&self) -> Process {
+    /// The agent's request, in a container confined like this.
+    pub(crate) fn for_agent(&self, confinement: &Confinement) -> Result<Process> {
         let mut env = self.env.clone();
         if self.terminal && !env.iter().any(|entry| entry.starts_with("TERM=")) {
             env.push("TERM=xterm".into());
@@ -176,20 +177,20 @@ impl ProcessSpec {
             columns: columns.into(),
             ..WindowSize::default()
         });
-        Process {
+        let mut process = Process {
             args: self.args.clone(),
             env,
             cwd: self.cwd.clone(),
             user: Some(process::User::UserName(self.user.clone())),
             terminal: self.terminal,
             window_size: window.into(),
-            capabilities: Some(defaults::capabilities()).into(),
-            rlimits: defaults::rlimits(),
             attach_stdin: self.stdin,
             attach_stdout: true,
             attach_stderr: !self.terminal,
             ..Process::default()
-        }
+        };
+        confinement.apply(&mut process)?;
+        Ok(process)
     }
 }
 
@@ -222,7 +223,8 @@ impl ContainerSpec {
                 ),
             );
         }
-        Ok(())
+        // What the agent would be asked says whether every name and file in it can be understood.
+        self.process.for_agent(&self.confinement).map(drop)
     }
 
     /// The hostname it gets.
@@ -241,13 +243,9 @@ impl ContainerSpec {
         }
     }
 
-    pub(crate) fn for_agent(&self, id: &SandboxId) -> CreateContainerRequest {
-        let hostname = self.hostname(id);
-        let mut process = self.process.for_agent();
-        if !process.env.iter().any(|entry| entry.starts_with("HOSTNAME=")) {
-            process.env.push(format!("HOSTNAME={hostname}"));
-        }
-        let mut mounts = defaults::mounts();
+    /// The mounts of a container, in order.
+    fn mounts(&self) -> Vec<Mount> {
+        let mut mounts = defaults::mounts(self.shm_bytes, self.confinement.privileged);
         mounts.extend(self.tmpfs.iter().map(|(path, options)| {
             Mount {
                 destination: path.clone(),
@@ -261,37 +259,79 @@ impl ContainerSpec {
                 ..Mount::default()
             }
         }));
+        mounts
+    }
+
+    /// Kernel parameters: docker's, and over them the user's.
+    fn sysctls(&self) -> Vec<Sysctl> {
+        // In a container's own network, as here, low ports and ping need no privilege; so has docker.
+        let defaults = [
+            ("net.ipv4.ip_unprivileged_port_start", "0"),
+            ("net.ipv4.ping_group_range", "0 2147483647"),
+        ];
+        let defaults = defaults
+            .into_iter()
+            .filter(|(name, _)| !self.sysctls.contains_key(*name));
+        let given = self
+            .sysctls
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()));
+        defaults
+            .chain(given)
+            .map(|(name, value)| Sysctl {
+                name: name.to_owned(),
+                value: value.to_owned(),
+                ..Sysctl::default()
+            })
+            .collect()
+    }
+
+    pub(crate) fn for_agent(&self, id: &SandboxId) -> Result<CreateContainerRequest> {
+        let hostname = self.hostname(id);
+        let mut process = self.process.for_agent(&self.confinement)?;
+        if !process.env.iter().any(|entry| entry.starts_with("HOSTNAME=")) {
+            process.env.push(format!("HOSTNAME={hostname}"));
+        }
         let file = |path: &str, content: String| FileContent {
             path: path.to_owned(),
             content: content.into_bytes(),
             mode: 0o644,
             ..FileContent::default()
         };
-        let sysctl = |name: &str, value: &str| Sysctl {
-            name: name.to_owned(),
-            value: value.to_owned(),
-            ..Sysctl::default()
+        let open = self.confinement.privileged || self.confinement.unmasked_paths;
+        let paths = |list: &[&str]| {
+            list.iter()
+                .filter(|_| !open)
+                .map(|path| (*path).to_owned())
+                .collect()
         };
-        CreateContainerRequest {
+        let device = |device: &DeviceSpec| Device {
+            path: device.container_path.clone(),
+            source: device.path.clone(),
+            ..Device::default()
+        };
+        Ok(CreateContainerRequest {
             container_id: id.as_str().to_owned(),
             rootfs: Some(self.rootfs.for_agent(self.read_only, self.writable())).into(),
-            mounts,
+            mounts: self.mounts(),
             process: Some(process).into(),
-            masked_paths: defaults::MASKED_PATHS.map(str::to_owned).to_vec(),
-            readonly_paths: defaults::READONLY_PATHS.map(str::to_owned).to_vec(),
-            resources: Some(Resources::default()).into(),
-            // In a container's own network, as here, low ports and ping need no privilege; so has docker.
-            sysctls: vec![
-                sysctl("net.ipv4.ip_unprivileged_port_start", "0"),
-                sysctl("net.ipv4.ping_group_range", "0 2147483647"),
-            ],
+            masked_paths: paths(&defaults::MASKED_PATHS),
+            readonly_paths: paths(&defaults::READONLY_PATHS),
+            resources: Some(Resources {
+                pids_max: self.pids_limit.unwrap_or(0),
+                ..Resources::default()
+            })
+            .into(),
+            sysctls: self.sysctls(),
             files: vec![
                 file("/etc/hostname", format!("{hostname}\n")),
                 file("/etc/hosts", defaults::hosts(&hostname)),
             ],
             hostname,
+            devices: self.devices.iter().map(device).collect(),
+            all_devices: self.confinement.privileged,
             ..CreateContainerRequest::default()
-        }
+        })
     }
 }
 
@@ -385,7 +425,10 @@ mod tests {
             ..ContainerSpec::default()
         };
         spec.check().unwrap();
-        spec.for_agent(&SandboxId::random().unwrap()).check().unwrap();
+        spec.for_agent(&SandboxId::random().unwrap())
+            .unwrap()
+            .check()
+            .unwrap();
         for (vcpus, memory_mib) in [(0, 128), (17, 128), (1, 3), (1, u64::MAX)] {
             (spec.vcpus, spec.memory_mib) = (vcpus, memory_mib);
             assert!(spec.check().is_err(), "{vcpus} {memory_mib}");
