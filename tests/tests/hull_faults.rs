@@ -1,14 +1,11 @@
-//! Bad input and killed processes: one clear error, the right exit code, and nothing left behind.
+//! Bad input: one clear error, the right exit code, and nothing left behind.
 
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
+use std::process::Stdio;
 
-use hull_tests::hull::{Hull, Outcome, eventually, finish, signal, wait_for};
-use nix::sys::signal::Signal;
-
-const SOON: Duration = Duration::from_secs(20);
+use hull_tests::hull::{Hull, Outcome, finish};
 
 /// One error, in one line, that names what it is about.
 fn assert_one_clear_error(outcome: &Outcome, code: i32, named: &str) {
@@ -124,137 +121,6 @@ fn missing_kvm_device_is_named_with_the_way_out() {
 }
 
 #[test]
-fn ctrl_c_ends_the_container_and_leaves_nothing() {
-    let Some(hull) = Hull::with_images(&["busybox"]) else {
-        return;
-    };
-    let mut child = hull
-        .command(&["run", "--rm", "busybox", "/bin/sleep", "1000"])
-        .spawn()
-        .unwrap();
-    assert!(
-        eventually(SOON, || !hull.vmms().is_empty()),
-        "no VMM ever started"
-    );
-    std::thread::sleep(Duration::from_millis(700));
-    signal(i32::try_from(child.id()).unwrap(), Signal::SIGINT);
-    // `sleep` is PID 1 of its namespace and ignores SIGINT by the kernel's rule, as under docker; the second one forces.
-    if wait_for(&mut child, Duration::from_secs(2)).is_none() {
-        signal(i32::try_from(child.id()).unwrap(), Signal::SIGTERM);
-        std::thread::sleep(Duration::from_millis(200));
-        for _ in 0..3 {
-            signal(i32::try_from(child.id()).unwrap(), Signal::SIGINT);
-        }
-    }
-    let outcome = finish(child);
-    assert!(
-        matches!(outcome.status.code(), Some(130 | 143 | 137)),
-        "{outcome:?}"
-    );
-    assert_eq!(hull.settle(), Vec::<String>::new());
-}
-
-#[test]
-fn signal_at_any_moment_of_the_start_leaves_nothing() {
-    let Some(hull) = Hull::with_images(&["busybox"]) else {
-        return;
-    };
-    for delay_ms in [0, 3, 10, 25, 50, 80, 120, 200, 350] {
-        let child = hull
-            .command(&["run", "--rm", "busybox", "/bin/true"])
-            .spawn()
-            .unwrap();
-        std::thread::sleep(Duration::from_millis(delay_ms));
-        signal(i32::try_from(child.id()).unwrap(), Signal::SIGTERM);
-        let outcome = finish(child);
-        assert!(!outcome.stderr.contains("panicked"), "{outcome:?}");
-        assert_eq!(hull.settle(), Vec::<String>::new(), "after {delay_ms} ms");
-    }
-}
-
-#[test]
-fn killed_vmm_is_reported_and_cleaned_up() {
-    let Some(hull) = Hull::with_images(&["busybox"]) else {
-        return;
-    };
-    for delay_ms in [0, 20, 60, 150, 600] {
-        let child = hull
-            .command(&["run", "--rm", "busybox", "/bin/sleep", "1000"])
-            .spawn()
-            .unwrap();
-        assert!(
-            eventually(SOON, || !hull.vmms().is_empty()),
-            "no VMM ever started"
-        );
-        std::thread::sleep(Duration::from_millis(delay_ms));
-        for pid in hull.vmms() {
-            signal(pid, Signal::SIGKILL);
-        }
-        let outcome = finish(child);
-        assert_ne!(outcome.status.code(), Some(0), "{outcome:?}");
-        assert!(
-            !outcome.stderr.trim().is_empty(),
-            "says nothing after {delay_ms} ms: {outcome:?}"
-        );
-        assert!(!outcome.stderr.contains("panicked"), "{outcome:?}");
-        assert_eq!(hull.settle(), Vec::<String>::new(), "after {delay_ms} ms");
-    }
-}
-
-#[test]
-fn after_a_killed_hull_the_next_command_cleans_up() {
-    let Some(hull) = Hull::with_images(&["busybox"]) else {
-        return;
-    };
-    for delay_ms in [0, 15, 40, 90, 150, 600] {
-        let mut child = hull
-            .command(&["run", "--rm", "busybox", "/bin/sleep", "1000"])
-            .spawn()
-            .unwrap();
-        std::thread::sleep(Duration::from_millis(delay_ms));
-        child.kill().unwrap();
-        child.wait().unwrap();
-        let next = hull.run(&["run", "--rm", "busybox", "/bin/echo", "fine"]);
-        assert_eq!(
-            (next.code(), next.text().as_str()),
-            (0, "fine"),
-            "after {delay_ms} ms: {next:?}"
-        );
-        assert_eq!(hull.settle(), Vec::<String>::new(), "after {delay_ms} ms");
-    }
-}
-
-#[test]
-fn killing_one_container_touches_no_other() {
-    let Some(hull) = Hull::with_images(&["busybox"]) else {
-        return;
-    };
-    let script = "i=0; while [ $i -lt 30 ]; do echo $i; i=$((i+1)); sleep 0.1; done";
-    let witness = hull
-        .command(&["run", "--rm", "busybox", "/bin/sh", "-c", script])
-        .spawn()
-        .unwrap();
-    assert!(eventually(SOON, || !hull.vmms().is_empty()));
-    let spared = hull.vmms();
-    let victim = hull
-        .command(&["run", "--rm", "busybox", "/bin/sleep", "1000"])
-        .spawn()
-        .unwrap();
-    assert!(eventually(SOON, || hull.vmms().len() > spared.len()));
-    for pid in hull.vmms().into_iter().filter(|pid| !spared.contains(pid)) {
-        signal(pid, Signal::SIGKILL);
-    }
-    assert_ne!(finish(victim).status.code(), Some(0));
-    let outcome = finish(witness);
-    assert_eq!(
-        (outcome.code(), outcome.text().lines().count()),
-        (0, 30),
-        "{outcome:?}"
-    );
-    assert_eq!(hull.settle(), Vec::<String>::new());
-}
-
-#[test]
 fn broken_layout_is_refused_and_leaves_nothing_in_the_store() {
     let Some(hull) = Hull::with_images(&[]) else {
         return;
@@ -265,4 +131,239 @@ fn broken_layout_is_refused_and_leaves_nothing_in_the_store() {
     let images = hull.run(&["images", "--format", "json"]);
     // One object a line, as docker prints them: none.
     assert_eq!((images.code(), images.text().as_str()), (0, ""), "{images:?}");
+}
+
+/// An image layout of our own to break.
+fn copied_layout(hull: &Hull, image: &str) -> PathBuf {
+    let layout = hull.layout(image);
+    let original = layout.trim_start_matches("oci:").trim_end_matches(":latest");
+    let copy = hull.temporary_dir().join(image);
+    let real = fs::canonicalize(original).unwrap();
+    let status = Command::new("cp")
+        .arg("-a")
+        .arg(real)
+        .arg(&copy)
+        .status()
+        .unwrap();
+    assert!(status.success());
+    copy
+}
+
+fn files_in_the_store(hull: &Hull) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut folders = vec![hull.store_dir()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if fs::metadata(&path).is_ok_and(|data| data.len() > 0) {
+                found.push(path.display().to_string());
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn corrupt_layer_is_named_and_leaves_nothing() {
+    let Some(hull) = Hull::with_images(&["busybox"]) else {
+        return;
+    };
+    let before = files_in_the_store(&hull);
+    let copy = copied_layout(&hull, "redis");
+    let blobs = copy.join("blobs/sha256");
+    let largest = fs::read_dir(&blobs)
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.path())
+        .max_by_key(|path| fs::metadata(path).unwrap().len())
+        .unwrap();
+    let digest = largest.file_name().unwrap().to_string_lossy().into_owned();
+    let whole = fs::read(&largest).unwrap();
+    let flipped = {
+        let mut bytes = whole.clone();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 0x40;
+        bytes
+    };
+    let source = format!("oci:{}:latest", copy.display());
+    for bytes in [
+        &flipped[..],
+        &whole[..whole.len() / 2],
+        b"",
+        b"not a layer at all",
+    ] {
+        fs::write(&largest, bytes).unwrap();
+        let outcome = hull.run(&["import", &source, "broken"]);
+        assert_one_clear_error(&outcome, 1, &digest[..12]);
+    }
+    fs::remove_file(&largest).unwrap();
+    assert_one_clear_error(&hull.run(&["import", &source, "broken"]), 1, &digest[..12]);
+    assert_eq!(files_in_the_store(&hull), before);
+    // What was there works on.
+    assert_eq!(hull.run(&["run", "--rm", "busybox", "true"]).code(), 0);
+    fs::remove_dir_all(&copy).unwrap();
+    assert_eq!(hull.settle(), Vec::<String>::new());
+}
+
+#[test]
+fn what_the_image_does_not_have_is_named() {
+    let Some(hull) = Hull::with_images(&["busybox"]) else {
+        return;
+    };
+    let cases: &[(&[&str], i32, &str)] = &[
+        (&["busybox", "no-such-command"], 127, "no-such-command"),
+        (&["busybox", "/no/such/command"], 127, "/no/such/command"),
+        (&["busybox", "/etc/passwd"], 126, "/etc/passwd"),
+        (&["busybox", "/etc"], 126, "/etc"),
+        (&["-u", "nobody-knows", "busybox", "true"], 125, "nobody-knows"),
+        (
+            &["-u", "root:no-such-group", "busybox", "true"],
+            125,
+            "no-such-group",
+        ),
+        (&["-w", "relative", "busybox", "true"], 125, "relative"),
+        (&["--entrypoint", "/no/entry", "busybox"], 127, "/no/entry"),
+        (
+            &["--env-file", "/no/such/file", "busybox", "true"],
+            125,
+            "/no/such/file",
+        ),
+        (&["--tmpfs", "relative", "busybox", "true"], 125, "relative"),
+        (&["--name", "bad/name", "busybox", "true"], 125, "bad/name"),
+        (&["oci:/no/such/layout", "true"], 125, "/no/such/layout"),
+    ];
+    for (arguments, code, named) in cases {
+        let outcome = hull.run(&[&["run", "--rm"], *arguments].concat());
+        assert_one_clear_error(&outcome, *code, named);
+    }
+    assert_eq!(hull.settle(), Vec::<String>::new());
+    assert_eq!(hull.run(&["ps", "-aq"]).text(), "");
+}
+
+#[test]
+fn broken_agent_image_and_missing_vmm_are_refused() {
+    let Some(hull) = Hull::with_images(&["busybox"]) else {
+        return;
+    };
+    let garbage = hull.store_dir().join("garbage");
+    fs::write(&garbage, vec![7; 65536]).unwrap();
+    let empty = hull.store_dir().join("empty");
+    fs::write(&empty, b"").unwrap();
+    let with = |variable: &str, path: &std::path::Path| {
+        let mut command = hull.command(&["run", "--rm", "busybox", "true"]);
+        finish(command.env(variable, path).spawn().unwrap())
+    };
+    let nowhere = std::path::Path::new("/no/such/file");
+    assert_one_clear_error(&with("HULL_AGENT_IMAGE", nowhere), 125, "/no/such/file");
+    assert_one_clear_error(&with("HULL_VMM", nowhere), 125, "/no/such/file");
+    for image in [&garbage, &empty] {
+        let outcome = with("HULL_AGENT_IMAGE", image);
+        assert_eq!(outcome.code(), 125, "{outcome:?}");
+        assert!(!outcome.stderr.trim().is_empty(), "{outcome:?}");
+    }
+    assert_eq!(hull.settle(), Vec::<String>::new());
+    assert_eq!(hull.run(&["run", "--rm", "busybox", "true"]).code(), 0);
+}
+
+/// Run a shell script in a mount namespace of its own; `hull` in it is the program under test.
+fn in_own_mounts(hull: &Hull, script: &str) -> Outcome {
+    let inner = hull.command(&[]);
+    let mut command = Command::new("unshare");
+    command
+        .args(["--mount", "sh", "-c"])
+        .arg(format!("hull() {{ \"$HULL_UNDER_TEST\" \"$@\"; }}\n{script}"))
+        .env("HULL_UNDER_TEST", inner.get_program())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    for (key, value) in inner.get_envs() {
+        if let Some(value) = value {
+            command.env(key, value);
+        }
+    }
+    finish(command.spawn().expect("unshare is there"))
+}
+
+#[test]
+fn full_disk_is_reported_and_nothing_half_made_is_kept() {
+    let Some(hull) = Hull::with_images(&[]) else {
+        return;
+    };
+    let layout = hull.layout("redis");
+    let script = format!(
+        r#"mkdir -p "$HULL_ROOT"; mount -t tmpfs -o size=4m tmpfs "$HULL_ROOT"
+        hull import {layout} redis; echo "import $?"
+        find "$HULL_ROOT" -type f -size +4k | wc -l
+        hull images -q | wc -l
+        mount -t tmpfs -o size=400m tmpfs "$HULL_ROOT"; hull import {layout} redis >/dev/null; echo "again $?"
+        head -c 500000000 /dev/zero >"$HULL_ROOT/ballast" 2>/dev/null
+        hull run --rm --entrypoint /bin/true redis; echo "run $?"
+        hull create --name kept --entrypoint /bin/true redis; echo "create $?"
+        rm "$HULL_ROOT/ballast"; hull ps -aq | wc -l
+        hull run --rm --entrypoint /bin/true redis; echo "run $?""#
+    );
+    let outcome = in_own_mounts(&hull, &script);
+    let lines: Vec<&str> = outcome
+        .stdout
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| std::str::from_utf8(line).ok())
+        .collect();
+    assert_eq!(lines[..4], ["import 1", "0", "0", "again 0"], "{outcome:?}");
+    for named in ["not enough space", "No space left on device"] {
+        assert!(outcome.stderr.contains(named), "{named}: {outcome:?}");
+    }
+    assert!(!outcome.stderr.contains("panicked"), "{outcome:?}");
+    // What can't be recorded is not started, and leaves nothing in the list.
+    assert_eq!(lines[4..8], ["run 125", "create 125", "0", "run 0"], "{outcome:?}");
+    assert_eq!(hull.settle(), Vec::<String>::new());
+}
+
+#[test]
+fn read_only_store_runs_what_it_has_and_refuses_the_rest() {
+    let Some(hull) = Hull::with_images(&["busybox"]) else {
+        return;
+    };
+    let layout = hull.layout("redis");
+    let script = format!(
+        r#"mount --bind "$HULL_ROOT" "$HULL_ROOT" && mount -o remount,ro,bind "$HULL_ROOT"
+        hull run --rm busybox echo runs; echo "run $?"
+        hull images -q | wc -l
+        hull import {layout} redis; echo "import $?"
+        hull create busybox true; echo "create $?"
+        hull rmi busybox; echo "rmi $?""#
+    );
+    let outcome = in_own_mounts(&hull, &script);
+    let text = outcome.text();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(
+        lines,
+        ["runs", "run 0", "1", "import 1", "create 125", "rmi 1"],
+        "{outcome:?}"
+    );
+    let errors = outcome.stderr.lines().filter(|line| !line.trim().is_empty());
+    assert_eq!(errors.count(), 3, "one line a refusal: {outcome:?}");
+    assert!(
+        outcome.stderr.contains("HULL_ROOT"),
+        "the way out is not named: {outcome:?}"
+    );
+    assert_eq!(hull.settle(), Vec::<String>::new());
+    assert_eq!(hull.run(&["images", "-q"]).text().lines().count(), 1);
+}
+
+#[test]
+fn container_that_fills_its_files_is_told_so_and_ends_by_itself() {
+    let Some(hull) = Hull::with_images(&["busybox"]) else {
+        return;
+    };
+    let script =
+        "dd if=/dev/zero of=/big bs=1M count=1000 2>&1 | tail -n 1; rm /big; echo still here; exit 3";
+    let outcome = hull.run(&[
+        "run", "--rm", "--memory", "128m", "busybox", "/bin/sh", "-c", script,
+    ]);
+    assert_eq!(outcome.code(), 3, "{outcome:?}");
+    assert!(outcome.text().ends_with("still here"), "{outcome:?}");
+    assert_eq!(hull.settle(), Vec::<String>::new());
 }
