@@ -339,6 +339,44 @@ static const char *randomness_is_ready(void)
 	return NULL;
 }
 
+/* Takes a CPU away while it is busy, brings it back and runs on it. */
+static const char *cpus_go_and_come_back(void)
+{
+	int cpus = sysconf(_SC_NPROCESSORS_CONF);
+	pid_t busy[16];
+	char path[64];
+
+	for (int cpu = 0; cpu < cpus && cpu < COUNT(busy); cpu++) {
+		busy[cpu] = fork();
+		if (!busy[cpu]) {
+			prctl(PR_SET_PDEATHSIG, SIGKILL);
+			for (;;)
+				getppid();
+		}
+	}
+	for (int round = 0; round < 3; round++) {
+		for (int cpu = 1; cpu < cpus; cpu++) {
+			cpu_set_t only;
+
+			snprintf(path, sizeof(path), "/sys/devices/system/cpu/cpu%d/online", cpu);
+			NEED(!write_file(path, "0"));
+			NEED(sysconf(_SC_NPROCESSORS_ONLN) == cpus - 1);
+			NEED(!write_file(path, "1"));
+			NEED(sysconf(_SC_NPROCESSORS_ONLN) == cpus);
+			CPU_ZERO(&only);
+			CPU_SET(cpu, &only);
+			NEED(!sched_setaffinity(0, sizeof(only), &only));
+			NEED(sched_getcpu() == cpu);
+			CPU_ZERO(&only);
+			CPU_SET(0, &only);
+			NEED(!sched_setaffinity(0, sizeof(only), &only));
+		}
+	}
+	for (int cpu = 0; cpu < cpus && cpu < COUNT(busy); cpu++)
+		kill(busy[cpu], SIGKILL);
+	return NULL;
+}
+
 const struct check process_checks[] = {
 	{ "message_queue_delivers", message_queue_delivers },
 	{ "system_v_ipc", system_v_ipc },
@@ -354,6 +392,7 @@ const struct check process_checks[] = {
 	{ "scheduling_policies", scheduling_policies },
 	{ "restartable_sequences_and_robust_threads", restartable_sequences_and_robust_threads },
 	{ "posix_timers_tick", posix_timers_tick },
+	{ "cpus_go_and_come_back", cpus_go_and_come_back },
 	{ "pseudo_terminals", pseudo_terminals },
 	{ "randomness_is_ready", randomness_is_ready },
 };
