@@ -18,7 +18,7 @@ use crate::{
 #[derive(Debug, Args)]
 pub struct Exec {
     /// Leave the command to itself
-    #[arg(short, long, conflicts_with = "interactive")]
+    #[arg(short, long)]
     detach: bool,
     /// Keys that detach from the command
     #[arg(long, value_name = "KEYS", default_value = "ctrl-p,ctrl-q")]

@@ -8,7 +8,7 @@ use std::{
 };
 
 use agent_protocol::{
-    CreateExec, CreateExecRequest, ErrorKind, ProcessRef, RPC_PORT, ResizeTty, ResizeTtyRequest,
+    Connect, CreateExec, CreateExecRequest, ErrorKind, ProcessRef, RPC_PORT, ResizeTty, ResizeTtyRequest,
     SignalProcess, SignalProcessRequest, StartProcess, WaitProcess, WaitProcessResponse, WindowSize,
     wait_process_response::Outcome,
 };
@@ -204,11 +204,15 @@ impl Runtime {
         self.check_running(record)?;
         let exec_id = new_exec_id()?;
         let ids = (record.id.as_str(), exec_id.as_str());
+        let lost = |error| explain_lost(record, error);
         let connect = || self.run.connect_vsock(&record.id);
-        let (rpc, streams) = ProcessStreams::open_with(connect, RPC_PORT, ids, process)
-            .map_err(|error| self.explain_lost(record, error))?;
+        let (rpc, mut streams) = ProcessStreams::open_with(connect, RPC_PORT, ids, process).map_err(lost)?;
+        let accepted = rpc.try_clone();
+        let mut accepted = accepted.map_err(SandboxError::system("duplicating a descriptor"))?;
         let mut agent = AgentClient::new(rpc);
-        let wait = start_exec(&mut agent, record, &exec_id, process, true)?;
+        let calls = ExecCalls::send(&mut agent, record, &exec_id, process, true).map_err(lost)?;
+        streams.confirm(&mut accepted).map_err(lost)?;
+        let wait = calls.finish(&mut agent)?;
         let pumps = streams.start(process.stdin, options.detach_keys.clone())?;
         let attached = Attached {
             process: process_ref(ids.0, ids.1),
@@ -227,7 +231,8 @@ impl Runtime {
         self.check_running(record)?;
         let mut rpc = self.connect_ports(record, &[RPC_PORT])?;
         let mut agent = AgentClient::new(rpc.pop().ok_or(SandboxError::MonitorGone)?);
-        start_exec(&mut agent, record, &new_exec_id()?, process, false).map(drop)
+        let calls = ExecCalls::send(&mut agent, record, &new_exec_id()?, process, false)?;
+        calls.finish(&mut agent).map(drop)
     }
 
     fn check_running(&self, record: &ContainerRecord) -> Result<()> {
@@ -238,12 +243,18 @@ impl Runtime {
             _ => Err(SandboxError::NotRunning { name: name() }),
         }
     }
+}
 
-    fn explain_lost(&self, record: &ContainerRecord, error: SandboxError) -> SandboxError {
-        tracing::debug!(%error, "connecting to the agent");
-        SandboxError::NotRunning {
-            name: record.name.clone(),
+/// A connection that can't be made, or breaks at once: the container has just ended.
+fn explain_lost(record: &ContainerRecord, error: SandboxError) -> SandboxError {
+    match error {
+        SandboxError::AgentConnection { source } => {
+            tracing::debug!(%source, "connecting to the agent");
+            SandboxError::NotRunning {
+                name: record.name.clone(),
+            }
         }
+        error => error,
     }
 }
 
@@ -251,32 +262,48 @@ fn new_exec_id() -> Result<String> {
     Ok(format!("{:016x}", u64::from_le_bytes(random_bytes()?)))
 }
 
-/// Everything under way at once, and handled in order: one round trip until the process runs.
-fn start_exec(
-    agent: &mut AgentClient,
-    record: &ContainerRecord,
-    exec_id: &str,
-    process: &ProcessSpec,
-    attached: bool,
-) -> Result<Pending<WaitProcess>> {
-    let reference = process_ref(record.id.as_str(), exec_id);
-    let mut process = process.for_agent(&record.spec.confinement)?;
-    if !attached {
-        (process.attach_stdin, process.attach_stdout, process.attach_stderr) = (false, false, false);
+/// The calls that start a further process: under way at once, and handled in order.
+#[derive(Debug)]
+struct ExecCalls {
+    hello: Pending<Connect>,
+    create: Pending<CreateExec>,
+    start: Pending<StartProcess>,
+    wait: Pending<WaitProcess>,
+}
+
+impl ExecCalls {
+    fn send(
+        agent: &mut AgentClient,
+        record: &ContainerRecord,
+        exec_id: &str,
+        process: &ProcessSpec,
+        attached: bool,
+    ) -> Result<Self> {
+        let reference = process_ref(record.id.as_str(), exec_id);
+        let mut process = process.for_agent(&record.spec.confinement)?;
+        if !attached {
+            (process.attach_stdin, process.attach_stdout, process.attach_stderr) = (false, false, false);
+        }
+        Ok(Self {
+            hello: agent.send_connect(false)?,
+            create: agent.send::<CreateExec>(&CreateExecRequest {
+                container_id: record.id.as_str().to_owned(),
+                exec_id: exec_id.to_owned(),
+                process: Some(process).into(),
+                ..CreateExecRequest::default()
+            })?,
+            start: agent.send::<StartProcess>(&reference)?,
+            wait: agent.send::<WaitProcess>(&reference)?,
+        })
     }
-    let hello = agent.send_connect(false)?;
-    let create = agent.send::<CreateExec>(&CreateExecRequest {
-        container_id: record.id.as_str().to_owned(),
-        exec_id: exec_id.to_owned(),
-        process: Some(process).into(),
-        ..CreateExecRequest::default()
-    })?;
-    let start = agent.send::<StartProcess>(&reference)?;
-    let wait = agent.send::<WaitProcess>(&reference)?;
-    agent.finish_connect(&hello)?;
-    agent.wait(&create, Some(CALL_TIMEOUT))?;
-    agent.wait(&start, Some(CALL_TIMEOUT))?;
-    Ok(wait)
+
+    /// Waits until the process runs.
+    fn finish(self, agent: &mut AgentClient) -> Result<Pending<WaitProcess>> {
+        agent.finish_connect(&self.hello)?;
+        agent.wait(&self.create, Some(CALL_TIMEOUT))?;
+        agent.wait(&self.start, Some(CALL_TIMEOUT))?;
+        Ok(self.wait)
+    }
 }
 
 #[cfg(test)]

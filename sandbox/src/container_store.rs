@@ -214,6 +214,11 @@ fn make_private_dir(path: &Path, recursive: bool) -> io::Result<()> {
     DirBuilder::new().recursive(recursive).mode(0o700).create(path)
 }
 
+/// Nothing is there, nor could be.
+fn is_missing(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+}
+
 fn open_dir(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     Ok(open(path, flags, Mode::empty())?)
@@ -253,7 +258,7 @@ impl ContainerStore {
         for shelf in self.shelves() {
             let entries = match fs::read_dir(shelf) {
                 Ok(entries) => entries,
-                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) if is_missing(&error) => continue,
                 Err(error) => return Err(SandboxError::io("reading", shelf)(error)),
             };
             ids.extend(
@@ -322,7 +327,7 @@ impl ContainerStore {
             let path = self.home_path(id);
             let dir = match open_dir(&path) {
                 Ok(dir) => dir,
-                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+                Err(error) if is_missing(&error) => return Ok(None),
                 Err(error) => return Err(SandboxError::io("opening", path)(error)),
             };
             match flock(&dir, FlockOperation::NonBlockingLockExclusive) {
@@ -359,7 +364,8 @@ impl ContainerStore {
         }
     }
 
-    fn choose_name(&self, _lock: &WholeLock, wanted: Option<&str>) -> Result<String> {
+    /// The name wanted, if it is free; a free one where none is.
+    pub(crate) fn choose_name(&self, _lock: &WholeLock, wanted: Option<&str>) -> Result<String> {
         if let Some(name) = wanted {
             check_name(name)?;
             return match self.holder(name) {
@@ -439,14 +445,13 @@ impl ContainerStore {
         None
     }
 
-    /// Gives a container another name. A running one's record is its monitor's, so it must not run.
+    /// Gives a container that doesn't run another name.
     pub(crate) fn rename(&self, lock: &WholeLock, record: &ContainerRecord, name: &str) -> Result<()> {
         let name = self.choose_name(lock, Some(name))?;
         let home = self
             .lock(&record.id, Duration::ZERO)?
-            .ok_or_else(|| SandboxError::StillRunning {
+            .ok_or_else(|| SandboxError::Busy {
                 name: record.name.clone(),
-                status: record.status,
             })?;
         let mut record = home.read()?.ok_or_else(|| SandboxError::NotFound {
             name: record.name.clone(),
@@ -462,9 +467,7 @@ impl ContainerStore {
 fn read_record(path: &Path) -> Result<Option<ContainerRecord>> {
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-            return Ok(None);
-        }
+        Err(error) if is_missing(&error) => return Ok(None),
         Err(error) => return Err(SandboxError::io("reading", path)(error)),
     };
     serde_json::from_slice(&bytes)

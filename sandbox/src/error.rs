@@ -137,6 +137,9 @@ pub enum SandboxError {
         "the container's monitor has ended unexpectedly; `hull ps -a` shows what became of the container"
     )]
     MonitorGone,
+    /// The monitor, or the guest behind it, doesn't answer.
+    #[error("the container doesn't answer; `hull kill` ends it all the same")]
+    Silent,
     /// What the monitor could not do, in its words.
     #[error("{message}")]
     Monitor {

@@ -160,13 +160,17 @@ impl MicroVm {
         let process = process_ref(record.id.as_str(), "");
         let connect = || sockets.connect_vsock();
         let ids = (record.id.as_str(), "");
-        let (rpc, streams) = ProcessStreams::open_with(connect, RPC_PORT, ids, &record.spec.process)?;
+        let (rpc, mut streams) = ProcessStreams::open_with(connect, RPC_PORT, ids, &record.spec.process)?;
+        let mut accepted = rpc
+            .try_clone()
+            .map_err(SandboxError::system("duplicating a descriptor"))?;
         let mut agent = AgentClient::new(rpc);
         // All under way at once, and handled in order: one round trip. Whichever fails first says why.
         let connect = agent.send_connect(true)?;
         let create = agent.send::<CreateContainer>(&record.spec.for_agent(&record.id)?)?;
         let start = agent.send::<StartProcess>(&process)?;
         let exit = agent.send::<WaitProcess>(&process)?;
+        streams.confirm(&mut accepted)?;
         let hello = agent.finish_connect(&connect)?;
         split_boot(&mut timing, boot_us, &hello);
         agent.wait(&create, Some(CALL_TIMEOUT))?;

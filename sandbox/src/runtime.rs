@@ -29,6 +29,8 @@ use crate::{
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 /// How long another command may hold a container's lock for what it does.
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+/// How long others may look whether a home has an owner, for which they hold its lock.
+const PROBE_PATIENCE: Duration = Duration::from_millis(20);
 const SIGTERM: i32 = 15;
 const SIGKILL: i32 = 9;
 /// What a container that was killed with its monitor exits with.
@@ -111,7 +113,7 @@ impl Runtime {
             return Ok(record);
         }
         let lock = self.run.lock()?;
-        let Some(home) = self.store.lock(id, Duration::ZERO)? else {
+        let Some(home) = self.store.lock(id, PROBE_PATIENCE)? else {
             // Somebody was faster; or there is nothing but sockets.
             if record.is_none() && !self.store.home_path(id).exists() {
                 self.run.remove(id);
@@ -345,16 +347,7 @@ impl Runtime {
             name: record.name.clone(),
         };
         let mut monitor = self.monitor(record)?.ok_or_else(not_running)?;
-        let all = signal == SIGKILL;
-        if !monitor.send(&Request::Wait, &[]) || monitor.ask(&Request::Signal { signal, all })?.is_none() {
-            // It ended by itself meanwhile: nothing of it is left when its monitor is gone.
-            return Ok(true);
-        }
-        if monitor.wait_exit(Some(patience))?.is_some() {
-            return Ok(true);
-        }
-        let now = self.current(&record.id)?;
-        Ok(now.is_none_or(|now| !now.status.is_live()))
+        monitor.end(signal, signal == SIGKILL, patience)
     }
 
     /// Stops a container: asks, waits, then forces. One that doesn't run is stopped already.
@@ -402,7 +395,7 @@ impl Runtime {
     pub fn wait(&self, record: &ContainerRecord) -> Result<ContainerExit> {
         if let Some(mut monitor) = self.monitor(record)?
             && monitor.send(&Request::Wait, &[])
-            && let Some(report) = monitor.wait_exit(None)?
+            && let Some(report) = monitor.wait_exit()?
         {
             return Ok(report.into());
         }
@@ -416,8 +409,6 @@ impl Runtime {
     /// Its record can't be read.
     pub fn last_exit(&self, id: &SandboxId) -> Result<ContainerExit> {
         let record = self.current(id)?;
-        // One that removed itself took its exit code along.
-        let missing = || ("its monitor was killed".to_owned(), KILLED);
         Ok(match record {
             Some(record) => ContainerExit {
                 code: record.exit_code.unwrap_or(0),
@@ -426,9 +417,10 @@ impl Runtime {
                 timing: crate::Timing::default(),
             },
             None => ContainerExit {
-                code: missing().1,
+                // One that removed itself took its exit code along.
+                code: KILLED,
                 oom_killed: false,
-                error: Some(missing().0),
+                error: Some("its monitor was killed".to_owned()),
                 timing: crate::Timing::default(),
             },
         })
@@ -484,8 +476,13 @@ impl Runtime {
     ///
     /// The name is in use.
     pub fn rename(&self, record: &ContainerRecord, name: &str) -> Result<()> {
+        // Held until it is done, so that nobody else gets the name meanwhile.
         let lock = self.run.lock()?;
-        self.store.rename(&lock, record, name)
+        if !record.status.is_live() {
+            return self.store.rename(&lock, record, name);
+        }
+        let name = self.store.choose_name(&lock, Some(name))?;
+        self.ask(record, &Request::Rename { name })
     }
 
     /// Connects to ports of a running container's microVM, all at once.

@@ -199,6 +199,11 @@ impl Session {
     /// Tells the container the size of the terminal it is attached to.
     fn resize(&self, window: Option<fn() -> Option<(u16, u16)>>) {
         if let Some((rows, columns)) = window.and_then(|window| window()) {
+            if !self.attachment.owner {
+                // A program that was there before sees a change, and draws itself for whoever looks now.
+                let rows = rows.saturating_add(1);
+                drop(self.connection.send(&Request::Resize { rows, columns }, &[]));
+            }
             drop(self.connection.send(&Request::Resize { rows, columns }, &[]));
         }
     }

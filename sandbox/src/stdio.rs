@@ -15,7 +15,10 @@ use agent_protocol::{
     STDIO_PORT,
     stdio::{Stream, StreamHeader},
 };
-use rustix::io::Errno;
+use rustix::{
+    io::Errno,
+    net::{RecvFlags, recv},
+};
 
 use crate::{
     DetachKeys, Result, SandboxError, detach_keys::KeyFilter, log_driver::OutputStream, session::Input,
@@ -36,9 +39,7 @@ pub(crate) fn connect_ports(
 ) -> io::Result<Vec<UnixStream>> {
     let mut streams = Vec::with_capacity(ports.len());
     for port in ports {
-        let mut stream = connect()?;
-        stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
-        streams.push(stream);
+        streams.push(request_port(&connect, *port)?);
     }
     for stream in &mut streams {
         read_answer(stream)?;
@@ -46,19 +47,30 @@ pub(crate) fn connect_ports(
     Ok(streams)
 }
 
+/// Asks for a connection to a port; the answer is yet to come.
+fn request_port(connect: &impl Fn() -> io::Result<UnixStream>, port: u32) -> io::Result<UnixStream> {
+    let mut stream = connect()?;
+    stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
+    Ok(stream)
+}
+
 /// Reads `OK <port>\n`, and not one byte more: what follows belongs to the stream.
 fn read_answer(stream: &mut UnixStream) -> io::Result<()> {
     stream.set_read_timeout(Some(CONNECT_TIMEOUT))?;
     let mut answer = Vec::with_capacity(MAX_ANSWER_BYTES);
     while answer.last() != Some(&b'\n') {
-        let mut byte = [0];
-        if answer.len() >= MAX_ANSWER_BYTES || stream.read(&mut byte)? == 0 {
+        let mut seen = [0; MAX_ANSWER_BYTES];
+        let room = MAX_ANSWER_BYTES - answer.len();
+        let (length, _) = recv(&*stream, &mut seen[..room], RecvFlags::PEEK)?;
+        let line = memchr::memchr(b'\n', &seen[..length]).map_or(length, |end| end + 1);
+        if line == 0 {
             return Err(io::Error::new(
                 ErrorKind::ConnectionRefused,
                 "the guest refused the connection",
             ));
         }
-        answer.extend(byte);
+        stream.read_exact(&mut seen[..line])?;
+        answer.extend_from_slice(&seen[..line]);
     }
     stream.set_read_timeout(None)?;
     if answer.starts_with(b"OK ") {
@@ -85,7 +97,8 @@ pub(crate) struct ProcessStreams {
 }
 
 impl ProcessStreams {
-    /// Opens the streams a process declares and, first, one to `port`: everything in one round trip.
+    /// Asks for the streams a process declares and, first, for one to `port`. Nothing is waited for: what is written
+    /// to a stream before it stands waits in the VMM. [`ProcessStreams::confirm`] must follow before anything is read.
     pub(crate) fn open_with(
         connect: impl Fn() -> io::Result<UnixStream>,
         port: u32,
@@ -93,19 +106,15 @@ impl ProcessStreams {
         process: &ProcessSpec,
     ) -> Result<(UnixStream, Self)> {
         let connection = |source| SandboxError::AgentConnection { source };
+        let request = |port| request_port(&connect, port).map_err(connection);
+        let first = request(port)?;
         let kinds = declared(process);
-        let ports: Vec<u32> = std::iter::once(port)
-            .chain(kinds.iter().map(|_| STDIO_PORT))
-            .collect();
-        let mut connected = connect_ports(connect, &ports).map_err(connection)?.into_iter();
-        let first = connected
-            .next()
-            .ok_or_else(|| connection(ErrorKind::NotConnected.into()))?;
         let mut streams = Self {
             input: None,
             outputs: Vec::with_capacity(kinds.len()),
         };
-        for (stream, mut connected) in kinds.iter().copied().zip(connected) {
+        for stream in kinds.iter().copied() {
+            let mut connected = request(STDIO_PORT)?;
             let header = StreamHeader {
                 container_id: container_id.to_owned(),
                 exec_id: exec_id.to_owned(),
@@ -125,6 +134,18 @@ impl ProcessStreams {
             }
         }
         Ok((first, streams))
+    }
+
+    /// Waits until the guest has accepted every stream, and `first`.
+    pub(crate) fn confirm(&mut self, first: &mut UnixStream) -> Result<()> {
+        let has_terminal = self.outputs.iter().any(|(stream, _)| *stream == Stream::Terminal);
+        let input = self.input.iter_mut().filter(|_| !has_terminal);
+        let outputs = self.outputs.iter_mut().map(|(_, stream)| stream);
+        std::iter::once(first)
+            .chain(outputs)
+            .chain(input)
+            .try_for_each(read_answer)
+            .map_err(|source| SandboxError::AgentConnection { source })
     }
 
     /// The process's input, and its outputs as a log names them.

@@ -7,7 +7,7 @@ use std::{
         unix::{net::UnixStream, process::CommandExt as _},
     },
     process::{Child, Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crate::{
@@ -184,25 +184,46 @@ impl MonitorClient {
         if !self.send(request, &[]) {
             return Ok(None);
         }
+        let deadline = Instant::now() + ANSWER_PATIENCE;
         loop {
             match self.connection.wait::<Reply>(Some(ANSWER_PATIENCE))? {
                 Some((Reply::Done, _)) => return Ok(Some(())),
                 Some((Reply::Failed { message, exit_code }, _)) => {
                     return Err(monitor_error(message, exit_code));
                 }
+                None if Instant::now() >= deadline => return Err(SandboxError::Silent),
                 Some((Reply::Exited(_), _)) | None => return Ok(None),
                 Some(_) => {}
             }
         }
     }
 
-    /// Waits for the container's end; `None` if it isn't known, or hasn't come in time.
-    pub(crate) fn wait_exit(&mut self, timeout: Option<Duration>) -> Result<Option<ExitReport>> {
+    /// Waits for the container's end; `None` if the monitor goes without telling it.
+    pub(crate) fn wait_exit(&mut self) -> Result<Option<ExitReport>> {
         loop {
-            match self.connection.wait::<Reply>(timeout)? {
+            match self.connection.wait::<Reply>(None)? {
                 Some((Reply::Exited(report), _)) => return Ok(Some(report)),
                 Some(_) => {}
                 None => return Ok(None),
+            }
+        }
+    }
+
+    /// Sends a signal and waits for the end; false if it doesn't come in time.
+    pub(crate) fn end(&mut self, signal: i32, all: bool, patience: Duration) -> Result<bool> {
+        let deadline = Instant::now() + patience;
+        if !self.send(&Request::Wait, &[]) || !self.send(&Request::Signal { signal, all }, &[]) {
+            return Ok(true);
+        }
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.connection.wait::<Reply>(Some(left))? {
+                Some((Reply::Failed { message, exit_code }, _)) => {
+                    return Err(monitor_error(message, exit_code));
+                }
+                Some((Reply::Exited(_), _)) => return Ok(true),
+                Some(_) => {}
+                None => return Ok(Instant::now() < deadline),
             }
         }
     }

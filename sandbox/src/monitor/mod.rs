@@ -39,6 +39,7 @@ use crate::{
     Components, ContainerRecord, Result, SandboxError, Status,
     container_store::Home,
     lifecycle::{Launch, MicroVm},
+    log_driver::{LogConfig, LogWriter},
     run_dir::RunDir,
 };
 
@@ -130,6 +131,7 @@ fn start(
     let mut record = home.read()?.ok_or_else(|| SandboxError::NotFound {
         name: home.path().display().to_string(),
     })?;
+    let log = LogWriter::open(&record, &home.log_path());
     let launched = RunDir::open(run).and_then(|run| {
         let launch = Launch {
             home: &home,
@@ -138,10 +140,17 @@ fn start(
             cancel: client.as_fd(),
             client_us,
         };
-        MicroVm::launch(&mut record, launch)
+        // A journal that isn't there is the user's mistake; a file that can't be written (full disk) stops nothing.
+        match (&log, &record.spec.log) {
+            (Err(_), LogConfig::Journald { .. }) => Err(SandboxError::InvalidOption {
+                option: "--log-driver",
+                problem: "journald: the journal doesn't listen at /run/systemd/journal/socket".into(),
+            }),
+            _ => MicroVm::launch(&mut record, launch),
+        }
     });
     match launched {
-        Ok(vm) => Server::new(home, record, vm),
+        Ok(vm) => Server::new(home, record, vm, log),
         Err(error) => {
             not_started(home, record, &error)?;
             Err(error)

@@ -65,6 +65,8 @@ pub(crate) enum Request {
     Resume,
     /// Say when the container has exited.
     Wait,
+    /// Take another name, which the client holds free.
+    Rename { name: String },
 }
 
 /// What a monitor says.

@@ -97,7 +97,13 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    pub(crate) fn new(home: Home, record: ContainerRecord, mut vm: MicroVm) -> Result<Self> {
+    /// Where `log` is an error nothing is kept of the output, and the first client is told.
+    pub(crate) fn new(
+        home: Home,
+        record: ContainerRecord,
+        mut vm: MicroVm,
+        log: Result<LogWriter>,
+    ) -> Result<Self> {
         let listener = vm.sockets.listen_monitor()?;
         listener
             .set_nonblocking(true)
@@ -107,8 +113,6 @@ impl Server {
             .take()
             .map(|streams| streams.into_parts())
             .unwrap_or_default();
-        // A log that can't be written doesn't stop the container; the first client is told.
-        let log = LogWriter::open(&record, &home.log_path());
         let (log, complaint) = match log {
             Ok(log) => (log, None),
             Err(error) => (LogWriter::nowhere(), Some(error)),
@@ -163,6 +167,8 @@ impl Server {
 
     /// Serves until the container has ended, its record says so, and everybody who waits knows.
     pub(crate) fn run(mut self) {
+        // A short command's end may have come with the answer to its start.
+        self.take_answers();
         while self.exit.is_none() || !self.outputs.ended() {
             self.turn();
             if self.exit.is_some() && self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
@@ -329,6 +335,10 @@ impl Server {
             Request::Resize { rows, columns } => self.resize(rows, columns),
             Request::Pause => self.pause(token),
             Request::Resume => self.resume(token),
+            Request::Rename { name } => match self.rename(name) {
+                Ok(()) => self.tell(token, &Reply::Done, &[]),
+                Err(error) => self.fail(token, &error),
+            },
             // Once only, on a connection of its own.
             Request::Launch { .. } => self.forget(token),
         }
@@ -425,6 +435,14 @@ impl Server {
         }
     }
 
+    fn rename(&mut self, name: String) -> Result<()> {
+        self.home.give_name(&name, &self.record.id)?;
+        let old = std::mem::replace(&mut self.record.name, name);
+        self.home.write(&self.record)?;
+        self.home.drop_name(&old);
+        Ok(())
+    }
+
     /// Takes the agent's answers.
     fn hear_agent(&mut self) {
         if let Err(error) = self.vm.agent.receive(Some(Instant::now() + CALL_TIMEOUT)) {
@@ -432,6 +450,10 @@ impl Server {
             self.vm_stopped();
             return;
         }
+        self.take_answers();
+    }
+
+    fn take_answers(&mut self) {
         let agent = &mut self.vm.agent;
         let exit = agent.take::<WaitProcess>(&self.vm.exit);
         self.resizes

@@ -135,7 +135,7 @@ mod tests {
         let mut sink = Sink::new(ours.into());
         sink.push(&vec![7; 4 << 20]).unwrap();
         assert!(sink.backlog() > 0);
-        let mut buffer = vec![0; 1 << 20];
+        let mut buffer = vec![0; 128 * 1024];
         theirs.read_exact(&mut buffer).unwrap();
         let before = sink.backlog();
         sink.flush().unwrap();
