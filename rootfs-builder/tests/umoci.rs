@@ -113,7 +113,16 @@ fn real_images_look_like_umoci_unpacks_them() {
         println!("skipped: no images; `cargo xtask images` makes them");
         return;
     };
-    for name in ["busybox", "debian-minimal", "redis"] {
+    for name in [
+        "busybox",
+        "debian-minimal",
+        "redis",
+        "python",
+        "node",
+        "postgres",
+        "nginx",
+        "gcc",
+    ] {
         let layout = images.join(name);
         if !layout.join("index.json").exists() {
             println!("skipped: no image {name}");
@@ -324,6 +333,40 @@ fn layers_change_what_is_below_as_umoci_does() {
 }
 
 /// A few names, so that members often meet.
+/// As many layers as overlayfs, and so other tools, can take.
+#[test]
+fn an_image_of_127_layers_looks_like_umoci_unpacks_it() {
+    if cannot_mount() || !has("umoci") {
+        return;
+    }
+    let layers: Vec<Vec<Member>> = (0..127)
+        .map(|layer: usize| {
+            let mut members = vec![
+                Member::dir("d"),
+                Member::dir("e"),
+                Member::file(format!("d/{layer}"), vec![1; 50 * layer]).owner(layer as u64, 7),
+                Member::file("d/last", layer.to_string()),
+            ];
+            if layer > 5 {
+                // Across layers, merged ones and others.
+                members.push(Member::hard_link(
+                    format!("d/link-{layer}"),
+                    format!("d/{}", layer - 1),
+                ));
+            }
+            if layer % 10 == 9 {
+                members.push(Member::file(format!("d/.wh.{}", layer - 5), b""));
+            }
+            if layer % 40 == 39 {
+                members.push(Member::file("e/.wh..wh..opq", b""));
+            }
+            members.push(Member::file(format!("e/{layer}"), b"e"));
+            members
+        })
+        .collect();
+    compare(&layers).unwrap_or_else(|differences| panic!("{differences}"));
+}
+
 fn name() -> impl Strategy<Value = String> {
     prop_oneof!["[ab]", "[abc]", Just("-x".to_owned()), Just("n".repeat(120))]
 }

@@ -25,7 +25,7 @@ const OF_THE_RUNTIME: &str = r"-path ./proc -prune -o -path ./sys -prune -o -pat
 fn probe() -> String {
     format!(
         r"cd / && export LC_ALL=C
-find . -xdev {OF_THE_RUNTIME} -printf 'stat|%p|%y|%m|%U|%G|%s|%T@|%n|%i|%l\0'
+find . -xdev {OF_THE_RUNTIME} -printf 'stat|%p|%y|%m|%U|%G|%s|%T@|%n|%D:%i|%l\0'
 find . -xdev {OF_THE_RUNTIME} \( -type c -o -type b \) -exec stat --printf 'device|%n|%t|%T\0' {{}} +
 find . -xdev {OF_THE_RUNTIME} -type f -print0 | xargs -0 -r sha256sum -z
 "

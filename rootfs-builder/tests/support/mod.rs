@@ -115,7 +115,7 @@ pub struct Described {
 pub fn describe(root: &Path) -> BTreeMap<String, Described> {
     let mut all = BTreeMap::new();
     let mut todo = vec![(root.to_path_buf(), ".".to_owned())];
-    let mut inodes: HashMap<u64, Vec<String>> = HashMap::new();
+    let mut inodes: HashMap<(u64, u64), Vec<String>> = HashMap::new();
     while let Some((path, name)) = todo.pop() {
         let status =
             fs::symlink_metadata(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
@@ -128,11 +128,16 @@ pub fn describe(root: &Path) -> BTreeMap<String, Described> {
                 ));
             }
         } else if status.nlink() > 1 {
-            inodes.entry(status.ino()).or_default().push(name.clone());
+            // Layers have numbers of their own.
+            inodes
+                .entry((status.dev(), status.ino()))
+                .or_default()
+                .push(name.clone());
         }
         all.insert(name, describe_one(&path, &status));
     }
-    for names in inodes.values_mut() {
+    // Names that an upper layer hides still count as links.
+    for names in inodes.values_mut().filter(|names| names.len() > 1) {
         names.sort();
         for name in names.iter() {
             if let Some(described) = all.get_mut(name) {
