@@ -220,3 +220,38 @@ fn server_killed_in_the_middle_of_its_work_leaves_nothing() {
     assert_ne!(status.code(), Some(0));
     assert_eq!(hull.settle(), Vec::<String>::new());
 }
+
+#[test]
+fn redis_keeps_its_data_across_restarts_of_its_container_and_a_power_cut() {
+    let Some(hull) = Hull::with_images(&["redis"]) else {
+        return;
+    };
+    let client = |arguments: &[&str]| hull.run(&[&["exec", "db", "redis-cli"], arguments].concat());
+    let up = || {
+        assert!(
+            eventually(PATIENCE, || client(&["ping"]).text() == "PONG"),
+            "redis never answered"
+        )
+    };
+    let options = ["run", "-d", "--name", "db", "--storage-opt", "size=64m", "redis"];
+    let server = ["--dir", "/data", "--appendonly", "yes", "--appendfsync", "always"];
+    succeed(&hull.run(&[&options[..], &server[..]].concat()));
+    up();
+    assert_eq!(succeed(&client(&["set", "life", "first"])), "OK");
+    succeed(&hull.run(&["stop", "db"]));
+    assert_eq!(hull.settle(), Vec::<String>::new());
+    succeed(&hull.run(&["start", "db"]));
+    up();
+    assert_eq!(succeed(&client(&["get", "life"])), "first");
+    // What was acknowledged is on the host's disk: the microVM may be cut off at any moment after.
+    assert_eq!(succeed(&client(&["set", "life", "second"])), "OK");
+    for pid in hull.vmms() {
+        signal(pid, Signal::SIGKILL);
+    }
+    assert!(eventually(PATIENCE, || hull.run(&["ps", "-q"]).text().is_empty()));
+    succeed(&hull.run(&["start", "db"]));
+    up();
+    assert_eq!(succeed(&client(&["get", "life"])), "second");
+    succeed(&hull.run(&["rm", "-f", "db"]));
+    assert_eq!(hull.settle(), Vec::<String>::new());
+}
