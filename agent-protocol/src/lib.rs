@@ -83,6 +83,9 @@ methods! {
     CloseStdin(ProcessRef) -> Empty;
     ListProcesses(ContainerRef) -> ListProcessesResponse;
     GetStats(ContainerRef) -> StatsResponse;
+    StatPath(PathRequest) -> PathStat;
+    Archive(ArchiveRequest) -> PathStat;
+    Extract(ExtractRequest) -> Empty;
     Shutdown(Empty) -> Empty;
 }
 

@@ -4,9 +4,10 @@
 //! makes the other side build a mount table of a million entries or a path no kernel takes.
 
 use crate::{
-    ConnectRequest, ConnectResponse, ContainerRef, CreateContainerRequest, CreateExecRequest, Empty,
-    ListProcessesResponse, Process, ProcessRef, ResizeTtyRequest, Rootfs, SignalProcessRequest,
-    StartProcessResponse, StatsResponse, WaitProcessResponse, process, rootfs,
+    ArchiveRequest, ConnectRequest, ConnectResponse, ContainerRef, CreateContainerRequest, CreateExecRequest,
+    Empty, ExtractRequest, ListProcessesResponse, PathRequest, PathStat, Process, ProcessRef,
+    ResizeTtyRequest, Rootfs, SignalProcessRequest, StartProcessResponse, StatsResponse, WaitProcessResponse,
+    process, rootfs,
 };
 
 /// Longest id of a container or an exec.
@@ -33,6 +34,8 @@ pub const MAX_SECCOMP_PROGRAMS: usize = 16;
 pub const MAX_FILE_BYTES: usize = 256 * 1024;
 /// Most entropy of one call.
 pub const MAX_ENTROPY_BYTES: usize = 512;
+/// Longest command line of a process that is told.
+pub const MAX_COMMAND_BYTES: usize = 1024;
 /// Most process ids of one answer.
 pub const MAX_PIDS: usize = 128 * 1024;
 /// Highest capability bit that may be set (`CAP_CHECKPOINT_RESTORE` is 40).
@@ -406,7 +409,50 @@ impl Bounded for ResizeTtyRequest {
 
 impl Bounded for ListProcessesResponse {
     fn check(&self) -> Result<(), InvalidMessage> {
-        check_list("pids", &self.pids, MAX_PIDS)
+        check_list("pids", &self.pids, MAX_PIDS)?;
+        check_list("processes", &self.processes, MAX_PIDS)?;
+        for process in &self.processes {
+            check_text("processes.user", &process.user, 256)?;
+            check_text("processes.state", &process.state, 8)?;
+            check_text("processes.command", &process.command, MAX_COMMAND_BYTES)?;
+        }
+        Ok(())
+    }
+}
+
+impl Bounded for PathRequest {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        check_id("container_id", &self.container_id)?;
+        check_path("path", &self.path)
+    }
+}
+
+impl Bounded for PathStat {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        check_text("name", &self.name, 255)?;
+        require(
+            !self.name.contains('/') && self.name != "..",
+            "name",
+            "is not a file's name",
+        )?;
+        require(self.mtime_ns < 1_000_000_000, "mtime_ns", "is a second or more")?;
+        check_text("link_target", &self.link_target, MAX_PATH_BYTES)
+    }
+}
+
+impl Bounded for ArchiveRequest {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        check_id("container_id", &self.container_id)?;
+        check_id("stream_id", &self.stream_id)?;
+        check_path("path", &self.path)
+    }
+}
+
+impl Bounded for ExtractRequest {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        check_id("container_id", &self.container_id)?;
+        check_id("stream_id", &self.stream_id)?;
+        check_path("path", &self.path)
     }
 }
 

@@ -4,6 +4,7 @@ use std::{
     fs::{self, File},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use agent_protocol::{Resources, StatsResponse};
@@ -60,6 +61,14 @@ impl Cgroup {
     /// Kills everything in it at once.
     pub fn kill(&self) -> Result<(), Errno> {
         fs::write(self.dir.join("cgroup.kill"), "1").map_err(|error| io_errno(&error))
+    }
+
+    /// Waits until it has no process any more.
+    pub fn wait_empty(&self, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        while keyed(&self.read("cgroup.events"), "populated") != 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// How often the kernel killed something for want of memory: in it if it has a limit of its own, else in

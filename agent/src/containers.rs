@@ -19,11 +19,12 @@ use std::{
     fs::File,
     os::fd::{AsFd as _, OwnedFd},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use agent_protocol::{
-    CreateContainerRequest, CreateExecRequest, Process, ProcessRef, StatsResponse, WaitProcessResponse,
-    WindowSize, wait_process_response::Outcome,
+    CreateContainerRequest, CreateExecRequest, Process, ProcessInfo, ProcessRef, StatsResponse,
+    WaitProcessResponse, WindowSize, wait_process_response::Outcome,
 };
 use nix::{
     errno::Errno,
@@ -36,10 +37,12 @@ use nix::{
 
 use crate::{
     cgroup::Cgroup,
+    device_filter,
     error::AgentError,
-    init,
+    files, init,
     log::log,
     process::{self, Credentials, Place, Plan, Program},
+    process_list,
     rootfs::MountedRootfs,
     stdio::{self, AgentEnds, StdinCloser, Streams},
     sys, terminal, user,
@@ -93,7 +96,7 @@ struct Container {
     cgroup: Cgroup,
     surroundings: Arc<Surroundings>,
     /// Unmounted last.
-    _rootfs: MountedRootfs,
+    rootfs: MountedRootfs,
     /// By exec id, the first process's being empty.
     processes: HashMap<String, Entry>,
     oom_kills_seen: u64,
@@ -156,6 +159,10 @@ impl Containers {
         let mut rootfs = MountedRootfs::mount(&id, &request.rootfs, request.all_devices)?;
         rootfs.write_files(&request.files)?;
         let cgroup = Cgroup::create(&id, &request.resources)?;
+        if request.device_filter {
+            device_filter::attach(&cgroup.open()?)
+                .map_err(AgentError::setup("attaching the device filter"))?;
+        }
         let devpts = terminal::make_devpts(&request.mounts)?;
         let surroundings = Arc::new(Surroundings {
             root: rootfs.open_root()?,
@@ -177,7 +184,7 @@ impl Containers {
         let container = Container {
             cgroup,
             surroundings,
-            _rootfs: rootfs,
+            rootfs,
             processes: HashMap::from([(String::new(), entry)]),
             oom_kills_seen: 0,
         };
@@ -396,15 +403,37 @@ impl Containers {
         Ok(self.lock().container(container_id)?.cgroup.pids())
     }
 
+    /// The root of a running container as its processes see it.
+    pub fn open_root(&self, container_id: &str) -> Result<File, AgentError> {
+        let pid = self.lock().container(container_id)?.running_pid(container_id)?;
+        files::open_root(pid)
+    }
+
+    /// What is known of the processes of a container.
+    pub fn processes(&self, container_id: &str) -> Result<Vec<ProcessInfo>, AgentError> {
+        let (pids, surroundings) = {
+            let mut table = self.lock();
+            let container = table.container(container_id)?;
+            (container.cgroup.pids(), Arc::clone(&container.surroundings))
+        };
+        Ok(process_list::describe(&pids, &surroundings.root))
+    }
+
     /// The statistics of a container.
     pub fn stats(&self, container_id: &str) -> Result<StatsResponse, AgentError> {
         Ok(self.lock().container(container_id)?.cgroup.stats())
     }
 
-    /// Kills everything, for the microVM's end.
-    pub fn kill_all(&self) {
-        for container in self.lock().containers.values() {
+    /// Kills everything and makes what is kept safe, for the microVM's end.
+    pub fn end_all(&self) {
+        const PATIENCE: Duration = Duration::from_millis(200);
+        let table = self.lock();
+        for container in table.containers.values() {
             let _ = container.cgroup.kill();
+            if container.rootfs.is_kept() {
+                container.cgroup.wait_empty(PATIENCE);
+                container.rootfs.seal();
+            }
         }
     }
 

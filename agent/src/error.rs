@@ -97,6 +97,14 @@ pub enum AgentError {
         /// What `execve` said.
         errno: Errno,
     },
+    /// A file of the container can't be read or written.
+    #[error("{path}: {}", errno.desc())]
+    File {
+        /// Its path in the container.
+        path: String,
+        /// What the kernel said.
+        errno: Errno,
+    },
     /// The host declared streams but didn't attach them.
     #[error("stdio streams were not attached in time")]
     StreamsMissing,
@@ -145,6 +153,10 @@ impl AgentError {
                 errno: Errno::ENOENT, ..
             } => (StatusCode::NotFound, ErrorKind::COMMAND_NOT_FOUND),
             Self::Exec { .. } => (StatusCode::InvalidArgument, ErrorKind::COMMAND_NOT_EXECUTABLE),
+            Self::File {
+                errno: Errno::ENOENT, ..
+            } => (StatusCode::NotFound, ErrorKind::NOT_FOUND),
+            Self::File { .. } => (StatusCode::FailedPrecondition, ErrorKind::FILE),
             Self::Setup { .. } => (StatusCode::Internal, ErrorKind::SETUP),
             Self::StreamsMissing => (StatusCode::FailedPrecondition, ErrorKind::INTERNAL),
         }
@@ -156,7 +168,9 @@ impl AgentError {
         let (subject, errno) = match self {
             Self::Rootfs { step, errno } | Self::Setup { step, errno } => (step.clone(), *errno as i32),
             Self::Exec { command, errno } => (command.clone(), *errno as i32),
-            Self::WorkingDirectory { path, errno } => (path.clone(), *errno as i32),
+            Self::WorkingDirectory { path, errno } | Self::File { path, errno } => {
+                (path.clone(), *errno as i32)
+            }
             Self::NoContainer { id } | Self::Exists { id } | Self::WrongState { id, .. } => (id.clone(), 0),
             Self::UnknownUser { name, .. } => (name.clone(), 0),
             _ => (String::new(), 0),

@@ -13,10 +13,13 @@
 mod block;
 mod cgroup;
 mod containers;
+mod device_filter;
 mod error;
+mod files;
 mod init;
 mod log;
 mod process;
+mod process_list;
 mod rootfs;
 mod rpc;
 mod stdio;

@@ -15,7 +15,7 @@ use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
 };
 
-use crate::{block, error::AgentError, init::RUN_DIR};
+use crate::{block, error::AgentError, init::RUN_DIR, log::log};
 
 const LAYERS_DIR: &str = "/run/l";
 
@@ -29,6 +29,8 @@ pub struct MountedRootfs {
     /// Mount points in the order they were mounted.
     mounted: Vec<PathBuf>,
     dir: PathBuf,
+    /// The writable layer, if it outlives the microVM.
+    kept: Option<PathBuf>,
 }
 
 fn io_errno(error: &std::io::Error) -> Errno {
@@ -55,6 +57,7 @@ impl MountedRootfs {
             files: Vec::new(),
             mounted: Vec::new(),
             dir: dir.clone(),
+            kept: None,
         };
         let lower = this.mount_layers(&spec.layer_serials)?;
         let upper = dir.join("upper");
@@ -68,7 +71,19 @@ impl MountedRootfs {
             }
             Some(Upper::BlockSerial(serial)) => {
                 let device = device(serial, spec.layer_serials.len() + 1)?;
-                this.mount_at(&device, &upper, "ext4", MsFlags::MS_NOATIME, "")?;
+                // What is freed goes back to the host, where the file is sparse.
+                let flags = MsFlags::MS_NOATIME | MsFlags::MS_NODEV;
+                this.mount_at(&device, &upper, "ext4", flags, "discard").map_err(|error| match error {
+                    AgentError::Rootfs { errno, .. } => AgentError::Rootfs {
+                        step: format!(
+                            "mounting the container's writable layer, ext4 on the disk {serial:?} (writable.ext4 in \
+                             the container's folder); if it is damaged, e2fsck may repair it"
+                        ),
+                        errno,
+                    },
+                    other => other,
+                })?;
+                this.kept = Some(upper.clone());
                 this.mount_overlay(spec, &lower, Some(&upper), flags)?;
             }
             // Without a writable layer; `Bounded` lets that through only for a read-only root.
@@ -122,9 +137,12 @@ impl MountedRootfs {
         let mut options = format!("lowerdir={}", lower.join(":"));
         if let Some(upper) = upper {
             let (diff, work) = (upper.join("diff"), upper.join("work"));
-            make_dir(&diff)?;
             make_dir(&work)?;
-            set_root_metadata(&diff, spec)?;
+            // One that was kept has what the container made of it.
+            if !diff.is_dir() {
+                make_dir(&diff)?;
+                set_root_metadata(&diff, spec)?;
+            }
             options += &format!(
                 ",upperdir={},workdir={},redirect_dir=on,metacopy=off",
                 diff.display(),
@@ -144,6 +162,21 @@ impl MountedRootfs {
         let flags = flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         mount(None::<&str>, &root, None::<&str>, flags, None::<&str>)
             .map_err(AgentError::rootfs("making the root read-only"))
+    }
+
+    /// Whether its files outlive the microVM.
+    pub fn is_kept(&self) -> bool {
+        self.kept.is_some()
+    }
+
+    /// Writes back what is kept and, where nobody uses it any more, closes its journal.
+    pub fn seal(&self) {
+        let Some(upper) = &self.kept else { return };
+        nix::unistd::sync();
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        if let Err(errno) = mount(None::<&str>, upper, None::<&str>, flags, None::<&str>) {
+            log!("closing the writable layer: {errno}");
+        }
     }
 
     /// The container's root directory.

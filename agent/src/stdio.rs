@@ -66,7 +66,7 @@ impl Streams {
     }
 
     /// Takes a stream, waiting for it to arrive.
-    fn take(&self, header: &StreamHeader) -> Result<File, AgentError> {
+    pub fn take(&self, header: &StreamHeader) -> Result<File, AgentError> {
         let deadline = Instant::now() + PATIENCE;
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         loop {

@@ -167,6 +167,28 @@ fn group_number(wanted: &str, file: &str) -> Result<u32, AgentError> {
         })
 }
 
+/// Names of users by number.
+#[derive(Debug)]
+pub struct Names {
+    passwd: String,
+}
+
+impl Names {
+    /// As the image's passwd file has them.
+    pub fn read(root: impl AsFd) -> Self {
+        Self {
+            passwd: read_beneath(root, "etc/passwd"),
+        }
+    }
+
+    /// The name of a user, printable and of a sensible length.
+    pub fn name_of(&self, uid: u32) -> Option<String> {
+        let account = accounts(&self.passwd).find(|account| account.uid == uid)?;
+        let sensible = |name: &&str| name.len() <= 64 && name.chars().all(|c| c.is_ascii_graphic());
+        Some(account.name).filter(sensible).map(str::to_owned)
+    }
+}
+
 /// The identity a process asks for, looked up beneath the container's root.
 pub fn resolve(root: impl AsFd + Copy, process: &Process) -> Result<Identity, AgentError> {
     let mut identity = match &process.user {

@@ -9,7 +9,7 @@ use sandbox::{
     rootfs::RootfsSpec,
 };
 
-use crate::{image, signal_name, terminal};
+use crate::{confinement_options::ConfinementOptions, image, signal_name, terminal};
 
 /// Memory of a microVM unless told otherwise. What the guest doesn't use, or frees, stays with the host.
 const DEFAULT_MEMORY: &str = "512m";
@@ -95,6 +95,8 @@ pub struct ContainerOptions {
     /// otherwise they are in memory, and gone when it ends
     #[arg(long, value_name = "size=N")]
     storage_opt: Vec<String>,
+    #[command(flatten)]
+    confinement: ConfinementOptions,
     /// The image, and the command to run in place of the image's
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_names = ["IMAGE", "COMMAND"], num_args = 1..)]
     image_and_command: Vec<String>,
@@ -110,7 +112,7 @@ struct Cpus {
     vcpus: u8,
 }
 
-fn parse_bytes(text: &str) -> Result<u64, String> {
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let lower = text.to_ascii_lowercase();
     let lower = lower.strip_suffix('b').unwrap_or(&lower);
     let lower = lower.strip_suffix('i').unwrap_or(lower);
@@ -298,6 +300,8 @@ impl ContainerOptions {
         let tmpfs = tmpfs.collect::<Result<_, _>>()?;
         let labels = self.label.iter().map(|text| parse_label(text));
         let labels = labels.collect::<Result<BTreeMap<_, _>, _>>()?;
+        let mut base = ContainerSpec::default();
+        self.confinement.apply(&mut base)?;
         let image = image::obtain(directories, self.image(), self.pull)?;
         let process = self.process(&image::defaults(&image.config))?;
         let images_signal = || {
@@ -321,7 +325,7 @@ impl ContainerOptions {
             stop_signal: self.stop_signal.or_else(images_signal),
             stop_timeout_s: self.stop_timeout,
             auto_remove: self.rm,
-            ..ContainerSpec::default()
+            ..base
         })
     }
 }

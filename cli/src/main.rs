@@ -10,6 +10,7 @@ mod attach;
 mod attached;
 mod auth_file;
 mod completion;
+mod confinement_options;
 mod container_inspect;
 mod container_options;
 mod create;

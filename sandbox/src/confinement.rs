@@ -177,6 +177,12 @@ impl Confinement {
         Ok(())
     }
 
+    /// Whether its processes can mount filesystems.
+    pub(crate) fn may_mount(&self) -> Result<bool> {
+        const SYS_ADMIN: u32 = 21;
+        Ok(capabilities::bounding(self)? & (1 << SYS_ADMIN) != 0)
+    }
+
     /// Applies one `--security-opt`. Profiles are read by `read`, which is given the path.
     ///
     /// # Errors

@@ -17,6 +17,7 @@
 //! - Nothing here touches KVM, and nothing links the VMM or the agent.
 
 pub mod agent_client;
+pub mod archive;
 pub mod attach;
 mod capabilities;
 pub mod confinement;
@@ -42,7 +43,8 @@ mod timing;
 mod vmm_client;
 mod wait;
 
-pub use agent_protocol::PROTOCOL_VERSION as AGENT_PROTOCOL_VERSION;
+pub use agent_protocol::{PROTOCOL_VERSION as AGENT_PROTOCOL_VERSION, PathStat, ProcessInfo};
+pub use archive::ArchiveReader;
 pub use container_store::{ContainerRecord, RunInfo, Status};
 pub use detach_keys::DetachKeys;
 pub use error::{Result, SandboxError};

@@ -330,6 +330,7 @@ impl ContainerSpec {
             hostname,
             devices: self.devices.iter().map(device).collect(),
             all_devices: self.confinement.privileged,
+            device_filter: !self.confinement.privileged && self.confinement.may_mount()?,
             ..CreateContainerRequest::default()
         })
     }

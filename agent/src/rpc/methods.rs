@@ -1,15 +1,25 @@
 //! One function per method: from the checked message to the containers and back.
 
-use std::sync::Arc;
-
-use agent_protocol::{
-    CloseStdin, Connect, ConnectRequest, ConnectResponse, CreateContainer, CreateExec, DecodeError, Empty,
-    GetStats, ListProcesses, ListProcessesResponse, Method, PROTOCOL_VERSION, ProcessRef, ResizeTty, SERVICE,
-    Shutdown, SignalProcess, StartProcess, StartProcessResponse, WaitProcess, decode, envelope::Request,
+use std::{
+    fs::File,
+    io::{self, BufReader, BufWriter},
+    sync::Arc,
 };
 
+use agent_protocol::{
+    Archive, ArchiveRequest, CloseStdin, Connect, ConnectRequest, ConnectResponse, CreateContainer,
+    CreateExec, DecodeError, Empty, Extract, ExtractRequest, GetStats, ListProcesses, ListProcessesResponse,
+    Method, PROTOCOL_VERSION, PathStat, ProcessRef, ResizeTty, SERVICE, Shutdown, SignalProcess,
+    StartProcess, StartProcessResponse, StatPath, WaitProcess, decode,
+    envelope::Request,
+    stdio::{Stream, StreamHeader},
+};
+
+/// One read or write of an archive.
+const STREAM_BUFFER_BYTES: usize = 64 * 1024;
+
 use super::{BootTimes, Responder};
-use crate::{containers::Containers, error::AgentError, init, log::log};
+use crate::{containers::Containers, error::AgentError, files, init, log::log};
 
 /// One connection's state.
 #[derive(Debug)]
@@ -103,9 +113,10 @@ impl Connection {
                 responder.succeed(&Empty::default());
             }
             ListProcesses::NAME => {
-                let pids = containers.pids(&decode_as::<ListProcesses>(request)?.container_id)?;
+                let id = decode_as::<ListProcesses>(request)?.container_id;
                 responder.succeed(&ListProcessesResponse {
-                    pids,
+                    pids: containers.pids(&id)?,
+                    processes: containers.processes(&id)?,
                     ..ListProcessesResponse::default()
                 });
             }
@@ -113,14 +124,53 @@ impl Connection {
                 let stats = containers.stats(&decode_as::<GetStats>(request)?.container_id)?;
                 responder.succeed(&stats);
             }
+            StatPath::NAME => {
+                let asked = decode_as::<StatPath>(request)?;
+                let root = containers.open_root(&asked.container_id)?;
+                responder.succeed(&files::stat(&root, &asked.path, asked.follow)?);
+            }
+            Archive::NAME => responder.succeed(&self.archive(&decode_as::<Archive>(request)?)?),
+            Extract::NAME => {
+                self.extract(&decode_as::<Extract>(request)?)?;
+                responder.succeed(&Empty::default());
+            }
             Shutdown::NAME => {
-                containers.kill_all();
+                containers.end_all();
                 responder.succeed(&Empty::default());
                 power_off();
             }
             _ => return Err(unknown()),
         }
         Ok(())
+    }
+
+    fn archive(&self, request: &ArchiveRequest) -> Result<PathStat, AgentError> {
+        let stream = self.take_stream(&request.container_id, &request.stream_id, Stream::Stdout)?;
+        let root = self.containers.open_root(&request.container_id)?;
+        // The stream's end is the archive's, and comes before the answer.
+        let to = BufWriter::with_capacity(STREAM_BUFFER_BYTES, &stream);
+        files::pack(&root, &request.path, request.follow, to)
+    }
+
+    fn extract(&self, request: &ExtractRequest) -> Result<(), AgentError> {
+        let stream = self.take_stream(&request.container_id, &request.stream_id, Stream::Stdin)?;
+        let root = self.containers.open_root(&request.container_id)?;
+        let rules = files::Rules {
+            keep_kinds: request.keep_kinds,
+            keep_owners: request.keep_owners,
+        };
+        let mut from = BufReader::with_capacity(STREAM_BUFFER_BYTES, &stream);
+        files::unpack(&root, &request.path, &rules, &mut from)?;
+        // What follows the archive's end, so that the host isn't left writing.
+        io::copy(&mut from, &mut io::sink()).map(drop).or(Ok(()))
+    }
+
+    fn take_stream(&self, container_id: &str, id: &str, stream: Stream) -> Result<File, AgentError> {
+        self.containers.streams.take(&StreamHeader {
+            container_id: container_id.to_owned(),
+            exec_id: id.to_owned(),
+            stream,
+        })
     }
 
     fn connect(&mut self, request: &ConnectRequest) -> Result<ConnectResponse, AgentError> {
