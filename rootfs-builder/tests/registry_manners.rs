@@ -508,6 +508,49 @@ fn a_pull_that_waits_for_ever_can_be_cancelled_and_gone_on_with() {
     assert_eq!(left.count(), 0);
 }
 
+/// Not a test of its own: the next one starts it with a registries.conf.
+#[test]
+#[ignore = "run by short_names_and_moved_registries_are_found"]
+fn pulls_by_name() {
+    let Ok(name) = std::env::var("HULL_TEST_NAME") else {
+        return;
+    };
+    let scratch = Scratch::new();
+    let references = Reference::candidates(&name).expect("configured");
+    let pulled = scratch
+        .store
+        .pull(&references[0], None, &PullOptions::new(), &NoProgress)
+        .unwrap_or_else(|error| panic!("{}", told(&error)));
+    // It keeps the name people know it by.
+    assert_eq!(pulled.names, ["public.test/team/app:1"]);
+}
+
+#[test]
+fn short_names_and_moved_registries_are_found() {
+    let scratch = Scratch::new();
+    let server = Server::start(image(&scratch.layout(1).dir));
+    let path = scratch.dir.path().join("registries.conf");
+    let text = format!(
+        "unqualified-search-registries = [\"public.test\"]\n[[registry]]\nprefix = \"public.test\"\nlocation = \"127.0.0.1:{}\"\n",
+        server.port
+    );
+    fs::write(&path, text).expect("file");
+    for name in ["public.test/team/app:1", "team/app:1"] {
+        let output = Command::new(std::env::current_exe().expect("this program"))
+            .args(["--exact", "pulls_by_name", "--ignored", "--nocapture"])
+            .env("CONTAINERS_REGISTRIES_CONF", &path)
+            .env("HULL_TEST_NAME", name)
+            .output()
+            .expect("child");
+        assert!(
+            output.status.success(),
+            "{name}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    assert!(server.count(|request| request.path.contains("/team/app/manifests/1")) >= 2);
+}
+
 /// Not a test of its own: the next one starts it with helpers to find.
 #[test]
 #[ignore = "run by credential_helpers_are_asked"]

@@ -10,7 +10,7 @@ use ureq::http::{Response, header};
 use super::auth::Challenge;
 use super::reference::is_host;
 use super::transport::{Headers, Transport, retry_after};
-use super::{Credentials, PullOptions, Reference, RegistryError};
+use super::{Configuration, Credentials, PullOptions, Reference, RegistryError};
 use crate::digest::Digest;
 
 /// What we can make something of.
@@ -29,7 +29,10 @@ pub fn log_in(registry: &str, credentials: &Credentials, tls_verify: bool) -> Re
             problem: "the registry's name is not a host",
         });
     }
-    let session = Session::new(registry, Some(credentials.clone()), tls_verify);
+    // Whatever is in it: a rule for the host is what counts.
+    let place = Configuration::load()?.place(&Reference::parse(&format!("{registry}/image"))?)?;
+    let verify = tls_verify && !place.insecure;
+    let session = Session::new(place.reference.registry(), Some(credentials.clone()), verify);
     let response = session.get("", &[], None, true)?;
     session.expect(&response, "its first page", "anything", &[200])
 }
@@ -227,19 +230,25 @@ impl Session {
 #[derive(Debug)]
 pub(crate) struct Client {
     session: Session,
+    /// What people call the image.
     reference: Reference,
+    /// What it is where we ask.
+    place: Reference,
 }
 
 impl Client {
-    pub fn new(reference: &Reference, options: &PullOptions) -> Self {
-        Self {
-            session: Session::new(
-                reference.registry(),
-                options.credentials.clone(),
-                options.tls_verify,
-            ),
+    /// For an image that is asked for where `registries.conf` says.
+    ///
+    /// # Errors
+    /// That can't be read, or says that the image is not to be had.
+    pub fn new(reference: &Reference, options: &PullOptions) -> Result<Self, RegistryError> {
+        let place = Configuration::load()?.place(reference)?;
+        let verify = options.tls_verify && !place.insecure;
+        Ok(Self {
+            session: Session::new(place.reference.registry(), options.credentials.clone(), verify),
+            place: place.reference,
             reference: reference.clone(),
-        }
+        })
     }
 
     pub fn reference(&self) -> &Reference {
@@ -248,7 +257,7 @@ impl Client {
 
     /// The manifest the reference stands for, or that of a digest. Not checked against anything but `limit`.
     pub fn manifest(&self, digest: Option<&Digest>, limit: u64) -> Result<Vec<u8>, RegistryError> {
-        let what = digest.map_or_else(|| self.reference.wanted(), ToString::to_string);
+        let what = digest.map_or_else(|| self.place.wanted(), ToString::to_string);
         let accept = [("accept", MANIFEST_TYPES.to_owned())];
         let response = self.get("manifests", &what, &accept, true)?;
         self.expect(&response, &what, &[200])?;
@@ -291,14 +300,14 @@ impl Client {
         headers: &Headers<'_>,
         patient: bool,
     ) -> Result<Response<Body>, RegistryError> {
-        let repository = self.reference.repository();
+        let repository = self.place.repository();
         let path = format!("{repository}/{kind}/{what}");
         self.session.get(&path, headers, Some(repository), patient)
     }
 
     fn expect(&self, response: &Response<Body>, what: &str, wanted: &[u16]) -> Result<(), RegistryError> {
         self.session
-            .expect(response, what, self.reference.repository(), wanted)
+            .expect(response, what, self.place.repository(), wanted)
     }
 }
 

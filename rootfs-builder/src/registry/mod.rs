@@ -6,10 +6,11 @@
 //!
 //! A layer that was fetched in part stays in the store's `downloads/`, and the next pull goes on where it stopped.
 //!
-//! There is no default registry: a reference names its host.
+//! There is no default registry: a reference names its host, or `registries.conf` says where to look.
 
 mod auth;
 mod client;
+mod configuration;
 mod credential_helper;
 mod download;
 mod reference;
@@ -22,6 +23,7 @@ use std::time::Duration;
 pub use auth::Credentials;
 pub(crate) use client::Client;
 pub use client::log_in;
+pub(crate) use configuration::Configuration;
 pub(crate) use download::{Downloads, Fetching};
 pub use reference::Reference;
 
@@ -119,6 +121,15 @@ pub enum RegistryError {
         #[from]
         source: ImageError,
     },
+    #[error("cannot read {path}: {problem}")]
+    Configuration { path: PathBuf, problem: String },
+    #[error(
+        "{name:?} names no registry: put one in front, as in HOST/{name}, or say where to look in {path}: \
+         unqualified-search-registries = [\"HOST\"]"
+    )]
+    ShortName { name: String, path: PathBuf },
+    #[error("{image} is blocked by registries.conf")]
+    Blocked { image: String },
     #[error("cannot start a thread")]
     Thread { source: io::Error },
     #[error("fetching was stopped because another layer failed")]

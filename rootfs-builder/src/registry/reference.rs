@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::RegistryError;
+use super::{Configuration, RegistryError};
 use crate::digest::Digest;
 
 /// An image in a registry.
@@ -77,6 +77,28 @@ impl Reference {
             repository: repository.to_owned(),
             tag,
             digest,
+        })
+    }
+
+    /// What a name as people type it may stand for, in the order to try: itself, or, without a host, what `registries.conf` makes
+    /// of it.
+    ///
+    /// # Errors
+    /// It can't be a reference, or it has no host and no file says where to look.
+    pub fn candidates(text: &str) -> Result<Vec<Self>, RegistryError> {
+        // Whoever names a host needs no files.
+        Self::parse(text).map_or_else(
+            |_| Configuration::load()?.candidates(text),
+            |reference| Ok(vec![reference]),
+        )
+    }
+
+    /// The same image, in another place: `HOST[:PORT]/REPOSITORY`.
+    pub(super) fn moved_to(&self, place: &str) -> Result<Self, RegistryError> {
+        Ok(Self {
+            tag: self.tag.clone(),
+            digest: self.digest.clone(),
+            ..Self::parse(place)?
         })
     }
 

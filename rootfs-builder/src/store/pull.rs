@@ -65,7 +65,7 @@ impl Store {
     ) -> Result<PreparedImage, Error> {
         let name = ImageName::parse(name.unwrap_or(&reference.local_name()))?;
         let _lock = StoreLock::shared(&self.directories)?;
-        let client = Client::new(reference, options);
+        let client = Client::new(reference, options).map_err(failed(reference))?;
         let downloads = Downloads::new(&self.directories.downloads).map_err(failed(reference))?;
         let image = downloads
             .image(&client, &self.limits)
@@ -87,7 +87,7 @@ impl Store {
                 let mut again = false;
                 let mut layers = self.fetch(&image, &downloads, client, options, progress, &mut again);
                 if again && layers.is_err() {
-                    let client = Client::new(reference, options);
+                    let client = Client::new(reference, options).map_err(failed(reference))?;
                     layers = self.fetch(&image, &downloads, client, options, progress, &mut again);
                 }
                 let layers = layers?;
