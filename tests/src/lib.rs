@@ -9,5 +9,7 @@ pub mod initramfs;
 pub mod kernel_guest;
 pub mod kernel_vm;
 pub mod outer_vm;
+pub mod pty;
+pub mod registry;
 pub mod runc;
 pub mod soak_root;
