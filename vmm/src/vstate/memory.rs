@@ -14,7 +14,9 @@ use vm_memory::{
 const MIB: u64 = 1 << 20;
 const HUGE_PAGE_BYTES: u64 = 2 * MIB;
 /// What Linux takes from the end of memory beside the page descriptors.
-const BOOT_ALLOCATIONS_BYTES: u64 = 4 * MIB;
+const BOOT_ALLOCATIONS_BYTES: u64 = 2 * MIB;
+/// The allocator hands its largest blocks out first, which are of 4 MiB; the one at 0 isn't whole.
+const FIRST_BLOCK: u64 = 4 * MIB;
 /// More is not ready sooner than the guest gets there.
 const MOST_POPULATED_BYTES: u64 = 16 * MIB;
 /// A kernel, an agent and nothing else need about this much.
@@ -106,9 +108,9 @@ pub fn create(memory_mib: u64, huge_pages: bool) -> Result<GuestRam, MemoryError
     GuestRam::from_regions(regions).map_err(MemoryError::Regions)
 }
 
-/// Touches what every kernel uses before its first program: the first page tables and boot data, and the end of memory, from
-/// where Linux takes its array of page descriptors (64 bytes for each page) and what else it needs before its allocator
-/// works. Each huge page is cleared on the way, which the guest would have to wait for.
+/// Touches what every Linux uses before its first program: the first page tables and boot data; the first block of its page
+/// allocator; the end of memory, from where it takes its array of page descriptors (64 bytes for each page) and what else it
+/// needs before there is an allocator. Each huge page is cleared on the way, which the guest would have to wait for.
 ///
 /// Only an optimisation: whatever can't be touched is left to the guest.
 pub fn populate_for_boot(ram: &GuestRam) {
@@ -118,7 +120,8 @@ pub fn populate_for_boot(ram: &GuestRam) {
         let top_start = last.len().saturating_sub(top_bytes) & !(HUGE_PAGE_BYTES - 1);
         for (region, range) in [
             (last, top_start..last.len()),
-            (first, 0..HUGE_PAGE_BYTES.min(first.len())),
+            (first, 0..HUGE_PAGE_BYTES),
+            (first, FIRST_BLOCK..FIRST_BLOCK + HUGE_PAGE_BYTES),
         ] {
             advise::populate(region, range);
         }

@@ -14,8 +14,8 @@
 //! Invariants:
 //! - Everything read from guest memory or written to a register is hostile: it may fail a request, retire a queue or
 //!   make the device ask for a reset ([`Interrupt::signal_needs_reset`]), and never panics.
-//! - After [`VirtioDevice::reset`] or drop returns, the host kernel holds no reference to guest memory on the device's
-//!   behalf.
+//! - Once a device that was reset [`is quiet`](VirtioDevice::is_quiet), or was dropped, the host kernel holds no reference
+//!   to guest memory on its behalf.
 
 pub mod balloon;
 pub mod blk;
@@ -186,9 +186,15 @@ pub trait VirtioDevice: Send {
     /// Starts the device. Called once between two resets; on an error the transport sets DEVICE_NEEDS_RESET.
     fn activate(&mut self, context: ActivateContext) -> Result<(), ActivateError>;
 
-    /// Stops the device and forgets the driver. Blocks until the host has finished with guest memory. May be called in
-    /// any state.
+    /// Stops the device and forgets the driver. May be called in any state. The reset is complete once
+    /// [`VirtioDevice::is_quiet`] says so.
     fn reset(&mut self);
+
+    /// Whether the host has finished with guest memory since the reset. The transport asks until it has, on the vCPU that
+    /// wants the reset, and lets go of the device's lock in between: what a device waits for must not stop the event loop.
+    fn is_quiet(&mut self) -> bool {
+        true
+    }
 }
 
 /// Copies the part of `config` at `offset` into `data`, zeroes beyond its end.

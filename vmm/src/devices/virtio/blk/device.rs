@@ -376,9 +376,12 @@ impl VirtioDevice for Blk {
     }
 
     fn reset(&mut self) {
-        self.engine.drain();
         self.completed.clear();
         self.active = None;
+    }
+
+    fn is_quiet(&mut self) -> bool {
+        self.engine.quiesce()
     }
 }
 

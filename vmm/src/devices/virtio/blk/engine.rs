@@ -124,11 +124,11 @@ impl Engine {
         }
     }
 
-    /// Waits until the kernel has let go of all guest memory.
-    pub fn drain(&mut self) {
+    /// Forgets what is done, and says whether the kernel has let go of all guest memory.
+    pub fn quiesce(&mut self) -> bool {
         match self {
-            Self::Worker(engine) => engine.drain(),
-            Self::IoUring(engine) => engine.drain(),
+            Self::Worker(engine) => engine.quiesce(),
+            Self::IoUring(engine) => engine.quiesce(),
         }
     }
 }

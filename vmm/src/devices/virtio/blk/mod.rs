@@ -12,7 +12,7 @@
 //! Invariants:
 //! - A read-only disk is read-only by the way the host opened it; the refusal in `request` only makes it polite.
 //! - Every request taken from a queue is answered exactly once, unless the queue breaks or the device is reset.
-//! - Reset, on the vCPU that asks for it, and drop wait for the host kernel to finish with guest memory (CVE-2026-45782).
+//! - A reset, on the vCPU that asks for it, and drop wait for the host kernel to finish with guest memory (CVE-2026-45782).
 //! - The engine's slots and the ring's size bound what is in flight; one turn on the event loop takes at most twice the
 //!   ring's size from a queue before other devices get theirs.
 

@@ -146,6 +146,41 @@ fn disk_that_hangs_delays_its_own_requests_and_nothing_else() {
 }
 
 #[test]
+fn reset_waits_for_a_disk_that_hangs_without_keeping_the_device() {
+    let (let_go, hold) = std::sync::mpsc::channel::<()>();
+    let image = image(&pattern(4096));
+    let spec = BlkSpec::new("vda", open(&image, true), true)
+        .with_engine(EngineChoice::Sync)
+        .with_confinement(Box::new(move || {
+            let _ = hold.recv();
+            Ok(())
+        }));
+    let mut driver = TestDriver::new(Blk::new(spec).unwrap());
+    let data = driver.alloc(512);
+    let status = driver.place(&[0xee]);
+    let head = header(&mut driver, IN, 1);
+    driver.add(0, &[readable(head, 16), writable(data, 512), writable(status, 1)]);
+    driver.kick(0);
+    driver.run();
+    let device = std::sync::Arc::clone(&driver.device);
+    let event_loop = std::thread::spawn(move || {
+        // The lock is to be had again and again while the reset waits.
+        for _ in 0..20 {
+            drop(lock(&device));
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        drop(let_go);
+    });
+    driver.write(0x70, 0);
+    assert_eq!(
+        driver.bytes(data, 512),
+        pattern(1024)[512..],
+        "the reset did not wait"
+    );
+    event_loop.join().unwrap();
+}
+
+#[test]
 fn requests_fail_when_the_disks_thread_can_not_be_confined() {
     let image = image(&pattern(4096));
     let spec = BlkSpec::new("vda", open(&image, true), true)

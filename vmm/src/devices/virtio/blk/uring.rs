@@ -5,7 +5,7 @@
 //!
 //! Invariants:
 //! - A request's [`InFlight`], which keeps guest memory mapped, stays in its slot until its completion has been reaped.
-//!   `drain` and `Drop` wait for that; should the kernel refuse to let us wait, the slot is leaked rather than freed.
+//!   `quiesce` tells and `Drop` waits for that; should the kernel refuse to let us wait, the slot is leaked rather than freed.
 //! - At most [`SLOTS`] requests are in flight, which is also the size of the rings, so neither ring overflows.
 //! - While requests are submitted the completion event is off: what completes at once (from the host's page cache) is
 //!   reaped on the spot and costs no wake-up.
@@ -193,8 +193,26 @@ impl UringEngine {
         }
     }
 
+    /// Forgets requests that are done. Whether none is left.
+    pub fn quiesce(&mut self) -> bool {
+        if self.unsubmitted {
+            // What the kernel refuses now is tried again the next time.
+            let submitted = self.ring.submit().is_ok() && self.ring.submission().is_empty();
+            self.unsubmitted = !submitted;
+        }
+        self.acknowledge_event();
+        self.forget_completed();
+        self.is_idle()
+    }
+
+    fn forget_completed(&mut self) {
+        while let Some(user_data) = self.next_completion().map(|entry| entry.user_data()) {
+            drop(self.take(user_data));
+        }
+    }
+
     /// Waits for all requests and forgets them.
-    pub fn drain(&mut self) {
+    fn drain(&mut self) {
         while !self.is_idle() {
             match self.ring.submit_and_wait(1) {
                 Ok(_) => {}
@@ -208,12 +226,8 @@ impl UringEngine {
                     return;
                 }
             }
-            while let Some(user_data) = self.next_completion().map(|entry| entry.user_data()) {
-                drop(self.take(user_data));
-            }
+            self.forget_completed();
         }
-        self.unsubmitted = false;
-        self.acknowledge_event();
     }
 
     fn leak(&mut self) {

@@ -6,11 +6,11 @@
 //! Invariants:
 //! - At most [`SLOTS`] requests are with the thread.
 //! - A request's [`InFlight`], which keeps guest memory mapped, belongs to the thread until its completion is in the list.
-//!   `drain` and `Drop` wait for that.
+//!   `quiesce` tells and `Drop` waits for that.
 
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -25,16 +25,8 @@ const STACK_BYTES: usize = 128 << 10;
 /// What the thread leaves for the device.
 #[derive(Debug)]
 struct Done {
-    completions: Mutex<Completions>,
-    changed: Condvar,
+    completions: Mutex<Vec<Completion>>,
     event: EventFd,
-}
-
-#[derive(Debug, Default)]
-struct Completions {
-    list: Vec<Completion>,
-    /// The thread has ended: nothing more will come.
-    ended: bool,
 }
 
 /// A thread and what is on its way to and from it.
@@ -53,7 +45,6 @@ impl WorkerEngine {
         let (requests, receiver) = channel();
         let done = Arc::new(Done {
             completions: Mutex::default(),
-            changed: Condvar::new(),
             event: new_event()?,
         });
         let thread = thread::Builder::new()
@@ -61,14 +52,11 @@ impl WorkerEngine {
             .stack_size(STACK_BYTES)
             .spawn({
                 let (disk, done) = (Arc::clone(disk), Arc::clone(&done));
-                move || {
-                    let _end = End(&done);
-                    match confine() {
-                        Ok(()) => work(&disk, &receiver, &done),
-                        Err(error) => {
-                            tracing::error!(error, "a disk's thread serves nothing");
-                            refuse(&receiver, &done);
-                        }
+                move || match confine() {
+                    Ok(()) => work(&disk, &receiver, &done),
+                    Err(error) => {
+                        tracing::error!(error, "a disk's thread serves nothing");
+                        refuse(&receiver, &done);
                     }
                 }
             })?;
@@ -108,31 +96,21 @@ impl WorkerEngine {
     pub fn reap(&mut self, done: &mut dyn FnMut(Completion)) {
         // Fails only if there was nothing to clear.
         let _ = self.done.event.read();
-        let completions = std::mem::take(&mut lock(&self.done.completions).list);
+        let completions = std::mem::take(&mut *lock(&self.done.completions));
         self.in_flight -= completions.len();
         completions.into_iter().for_each(done);
     }
 
-    /// Waits for all requests and forgets them.
-    pub fn drain(&mut self) {
-        let mut completions = lock(&self.done.completions);
-        while completions.list.len() < self.in_flight && !completions.ended {
-            completions = self
-                .done
-                .changed
-                .wait(completions)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        completions.list.clear();
-        drop(completions);
-        self.in_flight = 0;
-        let _ = self.done.event.read();
+    /// Forgets requests that are done. Whether none is left.
+    pub fn quiesce(&mut self) -> bool {
+        self.reap(&mut drop);
+        self.in_flight == 0
     }
 }
 
 impl Drop for WorkerEngine {
     fn drop(&mut self) {
-        self.drain();
+        // Without a sender the thread ends when it has done what it was given.
         self.requests = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -142,21 +120,10 @@ impl Drop for WorkerEngine {
 
 impl Done {
     fn add(&self, completion: Completion) {
-        lock(&self.completions).list.push(completion);
-        self.changed.notify_all();
+        lock(&self.completions).push(completion);
         if let Err(error) = self.event.write(1) {
             tracing::error!(%error, "a disk's completion event");
         }
-    }
-}
-
-/// Says that the thread has ended, however it does.
-struct End<'a>(&'a Done);
-
-impl Drop for End<'_> {
-    fn drop(&mut self) {
-        lock(&self.0.completions).ended = true;
-        self.0.changed.notify_all();
     }
 }
 

@@ -21,6 +21,8 @@
 use std::fmt;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
 
 use tracing::{debug, warn};
 use virtio_bindings::virtio_config::{
@@ -63,6 +65,8 @@ pub const ACK_USED: u32 = VIRTIO_MMIO_INT_VRING;
 
 /// As much of the configuration as the page shows; no device has more.
 const SHOWN_CONFIG_LEN: usize = 256;
+/// How often a device that was reset is asked whether the host has finished. Hardly ever is there anything to wait for.
+const QUIET_INTERVAL: Duration = Duration::from_micros(200);
 const CONFIG_OFFSET: u64 = VIRTIO_MMIO_CONFIG as u64;
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -405,6 +409,9 @@ impl MmioTransport {
     fn reset(&self, registers: &mut Registers) {
         if registers.active {
             lock(&self.device).reset();
+            while !lock(&self.device).is_quiet() {
+                thread::sleep(QUIET_INTERVAL);
+            }
         }
         *registers = Registers::new(&self.queue_max_sizes);
         self.interrupt.reset();
