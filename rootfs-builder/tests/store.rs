@@ -695,3 +695,51 @@ fn a_store_on_a_read_only_disk_can_be_used_but_not_changed() {
     assert!(store.remove("app").is_err());
     assert!(store.resolve("app").is_ok());
 }
+
+/// Not a test of its own: the next one starts it, to see how much memory it takes.
+#[test]
+#[ignore = "run by large_layers_take_little_memory"]
+fn imports_once() {
+    let Some(root) = std::env::var_os("HULL_TEST_IMPORT") else {
+        return;
+    };
+    let root = Path::new(&root);
+    let store = Store::open(&root.join("store")).expect("store");
+    let source = ImageSource::OciLayout {
+        dir: root.join("layout"),
+        tag: None,
+    };
+    store.import(&source, Some("app"), &NoProgress).expect("import");
+    let status = fs::read_to_string("/proc/self/status").expect("status");
+    let most = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib: u64 = most
+        .and_then(|most| most.trim().trim_end_matches(" kB").parse().ok())
+        .expect("a number");
+    println!("{kib} KiB");
+    assert!(kib < 100_000, "importing took {kib} KiB");
+}
+
+/// Four layers at a time, each with one large file and many small ones.
+#[test]
+fn large_layers_take_little_memory() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let mut image = Layout::new(&scratch.path().join("layout"));
+    let pattern: Vec<u8> = (0..=255).collect();
+    for layer in 0..4_u8 {
+        let mut members = vec![Member::file("large", pattern.repeat(100_000))];
+        members.extend((0..5000).map(|file| Member::file(format!("{layer}/{file}"), vec![layer | 1; 1500])));
+        image.layer(&archive(&members));
+    }
+    image.write();
+    let output = Command::new(std::env::current_exe().expect("this program"))
+        .args(["--exact", "imports_once", "--ignored", "--nocapture"])
+        .env("HULL_TEST_IMPORT", scratch.path())
+        .output()
+        .expect("child");
+    println!("{}", String::from_utf8_lossy(&output.stdout));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
