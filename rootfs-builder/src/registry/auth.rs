@@ -10,7 +10,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 
-use super::{Reference, RegistryError, credential_helper};
+use super::{Reference, RegistryError, credential_helper, path_variable as variable};
 
 /// More than any real file of credentials.
 const FILE_MAX_BYTES: u64 = 1 << 20;
@@ -162,11 +162,6 @@ impl Credentials {
 }
 
 fn auth_files() -> Vec<PathBuf> {
-    let variable = |name| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
     if let Some(file) = variable("REGISTRY_AUTH_FILE") {
         return vec![file];
     }

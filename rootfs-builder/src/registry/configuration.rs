@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{Reference, RegistryError};
+use super::{Reference, RegistryError, path_variable as variable};
 
 const FILE_MAX_BYTES: u64 = 1 << 20;
 const SYSTEM: &str = "/etc/containers";
@@ -164,11 +164,6 @@ fn matched_bytes(prefix: &str, name: &str) -> Option<usize> {
 }
 
 fn files() -> Vec<PathBuf> {
-    let variable = |name| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
     if let Some(file) = variable("CONTAINERS_REGISTRIES_CONF") {
         return vec![file];
     }

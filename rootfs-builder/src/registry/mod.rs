@@ -29,6 +29,13 @@ pub use reference::Reference;
 
 use crate::image::ImageError;
 
+/// A path the environment gives; an empty one counts as none.
+fn path_variable(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name)
+        .filter(|value| !value.is_empty())
+        .map(PathBuf::from)
+}
+
 /// How to pull.
 #[derive(Debug, Clone)]
 pub struct PullOptions {
