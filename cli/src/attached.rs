@@ -4,6 +4,7 @@ use std::io::IsTerminal as _;
 
 use sandbox::{
     Attachment, ContainerExit, ContainerRecord, DetachKeys, Ended, Runtime, Session, SessionOptions, Signals,
+    Window,
 };
 
 use crate::terminal;
@@ -28,7 +29,7 @@ pub fn drive(
     let ended = session.drive(SessionOptions {
         signals,
         proxy_signals,
-        window: tty.then_some(terminal::size as fn() -> Option<(u16, u16)>),
+        window: tty.then_some(terminal::size as Window),
         detach_keys: typed.then_some(detach_keys),
         warn,
     });

@@ -72,7 +72,7 @@ fn state(record: &ContainerRecord) -> State {
         paused: record.status == Status::Paused,
         restarting: false,
         oom_killed: record.oom_killed,
-        dead: record.status == Status::Dead,
+        dead: false,
         pid: vmm_pid(record).unwrap_or(0),
         exit_code: record.exit_code.filter(|_| !record.status.is_live()).unwrap_or(0),
         error: record.error.clone().unwrap_or_default(),

@@ -123,7 +123,7 @@ impl Prune {
         let (going, kept): (Vec<_>, Vec<_>) = runtime
             .list()?
             .into_iter()
-            .partition(|record| matches!(record.status, Status::Created | Status::Exited | Status::Dead));
+            .partition(|record| matches!(record.status, Status::Created | Status::Exited));
         let (mut bytes, mut code) = (0, 0);
         let mut removed = Vec::new();
         for record in going {

@@ -42,7 +42,7 @@ struct Filter {
 }
 
 const FILTERS: [&str; 6] = ["id", "name", "label", "status", "exited", "ancestor"];
-const STATUSES: [&str; 6] = ["created", "running", "paused", "exited", "removing", "dead"];
+const STATUSES: [&str; 4] = ["created", "running", "paused", "exited"];
 
 impl Filter {
     fn parse(text: &str) -> Result<Self, String> {
@@ -149,8 +149,6 @@ fn show_status(record: &ContainerRecord) -> String {
             let ago = record.finished_ms.map(output::since).unwrap_or_default();
             format!("Exited ({}) {ago}", record.exit_code.unwrap_or(0))
         }
-        Status::Removing => "Removal In Progress".to_owned(),
-        Status::Dead => "Dead".to_owned(),
     }
 }
 

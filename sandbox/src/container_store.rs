@@ -11,24 +11,12 @@
 //! There are two shelves: `containers` in the root directory, which survives a reboot, and, for containers that are
 //! removed when they end, `containers` in the run directory where the first can't be written.
 //!
-//! States of a record; a monitor that dies in any of them leaves what its lock says, see `recovery`:
-//!
-//! ```text
-//!            start                       pause
-//!  Created ────────► Running ◄─────────────────────► Paused
-//!     │                │ ▲            resume           │
-//!     │                ▼ │ start                       │
-//!     │              Exited ◄──────────────────────────┘
-//!     └─────► Removing ◄┘
-//! ```
-//!
 //! Invariants:
 //! - A home is made, and a name given, under the lock of the whole; a name belongs to the home its link names, and to
 //!   nobody where that home is gone.
 //! - Who holds a home's lock is the only one to write its record.
 
 use std::{
-    fmt,
     fs::{self, DirBuilder},
     io::{self, ErrorKind, Write as _},
     os::{
@@ -43,157 +31,20 @@ use rustix::{
     fs::{FlockOperation, Mode, OFlags, flock, fstat, open},
     io::Errno,
 };
-use serde::{Deserialize, Serialize};
 
 use crate::{
-    ContainerSpec, Directories, Result, SandboxError, SandboxId,
+    ContainerRecord, ContainerSpec, Directories, Result, SandboxError, SandboxId,
+    container_record::{RunInfo, jail_uid},
     identity::check_name,
-    process_handle::ProcessIdentity,
-    run_dir::{WholeLock, boot_id},
+    run_dir::WholeLock,
 };
 
-/// Version of [`ContainerRecord`].
-const RECORD_VERSION: u32 = 1;
 const RECORD_FILE: &str = "container.json";
 const LOG_FILE: &str = "container.log";
 const WRITABLE_FILE: &str = "writable.ext4";
 const NAMES_DIR: &str = "by-name";
 /// How often a lock that will soon be free is asked for.
 const LOCK_RETRY: Duration = Duration::from_millis(2);
-/// User ids of jailed VMMs: this and the first [`JAIL_UID_DIGITS`] digits of the container's id. Far from the ids that
-/// people and packages have; ids of containers are chosen so that no two share one.
-const JAIL_UID_BASE: u32 = 0x6800_0000;
-const JAIL_UID_DIGITS: usize = 6;
-
-/// Where a container is in its life; docker's names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Status {
-    /// Never started, or being started.
-    Created,
-    /// Its first process runs.
-    Running,
-    /// Its microVM stands still.
-    Paused,
-    /// Its first process has ended, its microVM is gone.
-    Exited,
-    /// Somebody is removing it.
-    Removing,
-    /// It could not be removed as a whole.
-    Dead,
-}
-
-impl Status {
-    /// The word people see.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Created => "created",
-            Self::Running => "running",
-            Self::Paused => "paused",
-            Self::Exited => "exited",
-            Self::Removing => "removing",
-            Self::Dead => "dead",
-        }
-    }
-
-    /// Whether there is a microVM.
-    #[must_use]
-    pub fn is_live(self) -> bool {
-        matches!(self, Self::Running | Self::Paused)
-    }
-}
-
-impl fmt::Display for Status {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(self.as_str())
-    }
-}
-
-/// The processes of a container that runs, or is being started.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RunInfo {
-    /// Which boot of the host the process ids belong to.
-    pub boot_id: String,
-    /// Its monitor.
-    pub monitor: ProcessIdentity,
-    /// Its VMM, once there is one.
-    pub vmm: Option<ProcessIdentity>,
-}
-
-impl RunInfo {
-    pub(crate) fn of_this_process() -> Result<Self> {
-        let pid = i32::try_from(std::process::id()).unwrap_or(0);
-        let monitor = ProcessIdentity::of(pid).ok_or_else(|| {
-            SandboxError::system("reading /proc/self/stat")(io::Error::from(ErrorKind::NotFound))
-        })?;
-        Ok(Self {
-            boot_id: boot_id(),
-            monitor,
-            vmm: None,
-        })
-    }
-
-    /// The VMM, if it can still be there.
-    pub(crate) fn living_vmm(&self) -> Option<ProcessIdentity> {
-        self.vmm.filter(|_| self.boot_id == boot_id())
-    }
-}
-
-/// What is kept of a container.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ContainerRecord {
-    /// Version of this structure.
-    pub version: u32,
-    /// Its id.
-    pub id: SandboxId,
-    /// Its name, unique.
-    pub name: String,
-    /// Everything it was made of.
-    pub spec: ContainerSpec,
-    /// When it was created, since the epoch.
-    pub created_ms: u64,
-    /// Where it is in its life.
-    pub status: Status,
-    /// When its first process was last started, since the epoch.
-    #[serde(default)]
-    pub started_ms: Option<u64>,
-    /// When that ended.
-    #[serde(default)]
-    pub finished_ms: Option<u64>,
-    /// How that ended: its exit code, or 128 + the signal.
-    #[serde(default)]
-    pub exit_code: Option<u8>,
-    /// Whether the kernel ended it for want of memory.
-    #[serde(default)]
-    pub oom_killed: bool,
-    /// Why it could not be started, or why its microVM stopped.
-    #[serde(default)]
-    pub error: Option<String>,
-    /// Its processes, while it has a monitor.
-    #[serde(default)]
-    pub run: Option<RunInfo>,
-}
-
-impl ContainerRecord {
-    /// The user id its VMM is jailed under.
-    #[must_use]
-    pub fn jail_uid(&self) -> u32 {
-        jail_uid(&self.id)
-    }
-}
-
-fn jail_uid(id: &SandboxId) -> u32 {
-    JAIL_UID_BASE | u32::from_str_radix(&id.as_str()[..JAIL_UID_DIGITS], 16).unwrap_or(0)
-}
-
-/// Milliseconds since the epoch.
-pub(crate) fn now_ms() -> u64 {
-    let now = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .unwrap_or_default();
-    u64::try_from(now.as_millis()).unwrap_or(0)
-}
 
 /// All homes.
 #[derive(Debug, Clone)]
@@ -410,20 +261,7 @@ impl ContainerStore {
         let home = Home { path, dir };
         flock(&home.dir, FlockOperation::NonBlockingLockExclusive)
             .map_err(|errno| SandboxError::io("locking", &home.path)(errno.into()))?;
-        let record = ContainerRecord {
-            version: RECORD_VERSION,
-            id,
-            name,
-            spec: spec.clone(),
-            created_ms: now_ms(),
-            status: Status::Created,
-            started_ms: None,
-            finished_ms: None,
-            exit_code: None,
-            oom_killed: false,
-            error: None,
-            run,
-        };
+        let record = ContainerRecord::new(id, name, spec, run);
         let made = home
             .give_name(&record.name, &record.id)
             .and_then(|()| home.write(&record));

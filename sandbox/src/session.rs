@@ -36,6 +36,9 @@ const BUFFER_BYTES: usize = 256 * 1024;
 const MAX_BACKLOG_BYTES: usize = 1 << 20;
 const SIGKILL: i32 = 9;
 
+/// Says the rows and columns of the terminal, if there is one.
+pub type Window = fn() -> Option<(u16, u16)>;
+
 /// Which streams a front-end attaches, and how.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Attachment {
@@ -59,7 +62,7 @@ pub struct SessionOptions<'a> {
     /// Whether they are handed on.
     pub proxy_signals: bool,
     /// The size of the terminal, asked for when it changed; `None` where the container has no terminal.
-    pub window: Option<fn() -> Option<(u16, u16)>>,
+    pub window: Option<Window>,
     /// The keys that detach, where stdin is a terminal.
     pub detach_keys: Option<DetachKeys>,
     /// Told what the user should know.
@@ -197,7 +200,7 @@ impl Session {
     }
 
     /// Tells the container the size of the terminal it is attached to.
-    fn resize(&self, window: Option<fn() -> Option<(u16, u16)>>) {
+    fn resize(&self, window: Option<Window>) {
         if let Some((rows, columns)) = window.and_then(|window| window()) {
             if !self.attachment.owner {
                 // A program that was there before sees a change, and draws itself for whoever looks now.

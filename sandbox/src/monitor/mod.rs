@@ -8,15 +8,17 @@
 //!
 //! A client starts it from its own program, `/proc/self/exe monitor`, with a socket as its standard input, and passes it
 //! the locked home of a container. From then on the container's life is the monitor's: a client may go at any moment. The
-//! microVM ends with the monitor, and the next command finds a home without an owner (`docs/adr/0006-monitor.md`).
+//! microVM ends with the monitor, and the next command finds a home without an owner (`docs/adr/0006-a-monitor-per-container.md`).
 //!
 //! Output goes from the monitor straight to the descriptors a client passed, input from a client straight into the
 //! container's stream: no byte takes a detour.
 
 mod client;
+mod ending;
 mod failure;
 mod output;
 mod protocol;
+mod requests;
 mod server;
 mod sink;
 

@@ -9,7 +9,7 @@
 //! Thread: the process's only one. It waits in `poll` for whatever happens next, and never for a client or the guest,
 //! with two exceptions that are bounded in time: a request to the VMM, and a guest that writes its files to the disk.
 //!
-//! Invariant: what clients are told about the end is told after the record says it and nothing is left of the microVM.
+//! How it ends is in `ending`.
 
 use std::{
     os::{
@@ -19,19 +19,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use agent_protocol::{
-    ErrorKind, ResizeTty, ResizeTtyRequest, SignalProcess, SignalProcessRequest, WaitProcess, WindowSize,
-};
+use agent_protocol::{ErrorKind, ResizeTty, SignalProcess, WaitProcess};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
 
 use crate::{
-    ContainerRecord, Result, SandboxError, Status,
+    ContainerRecord, Result, SandboxError,
     agent_client::{CALL_TIMEOUT, Pending},
     attach::ExitStatus,
-    container_store::{Home, now_ms},
+    container_store::Home,
     lifecycle::MicroVm,
     log_driver::LogWriter,
 };
@@ -39,28 +37,24 @@ use crate::{
 use super::{
     failure,
     output::{OutputEvent, Outputs, Token},
-    protocol::{AttachRequest, Connection, ExitReport, Incoming, Reply, Request},
-    sink::Sink,
+    protocol::{AttachRequest, Connection, Incoming, Reply},
 };
 
 /// After the container's process has exited, how long the rest of its output may take to come.
 const LAST_OUTPUT_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a killed process may take to end; then its microVM is.
-const KILL_PATIENCE: Duration = Duration::from_secs(5);
 /// Connections at once.
 const MAX_CLIENTS: usize = 1024;
-const SIGKILL: i32 = 9;
 /// The exit code of a container whose microVM was ended.
-const KILLED: u8 = 137;
+pub(super) const KILLED: u8 = 137;
 
 #[derive(Debug)]
-struct Client {
-    token: Token,
-    connection: Connection,
+pub(super) struct Client {
+    pub(super) token: Token,
+    pub(super) connection: Connection,
     /// It wants to know the end.
-    waits: bool,
+    pub(super) waits: bool,
     /// The container's input ends with this client.
-    owns_input: bool,
+    pub(super) owns_input: bool,
 }
 
 /// What `poll` waits for.
@@ -79,19 +73,19 @@ enum Source {
 /// A running container.
 #[derive(Debug)]
 pub(crate) struct Server {
-    home: Home,
-    record: ContainerRecord,
-    vm: MicroVm,
-    listener: UnixListener,
-    input: Option<UnixStream>,
-    outputs: Outputs,
-    clients: Vec<Client>,
+    pub(super) home: Home,
+    pub(super) record: ContainerRecord,
+    pub(super) vm: MicroVm,
+    pub(super) listener: UnixListener,
+    pub(super) input: Option<UnixStream>,
+    pub(super) outputs: Outputs,
+    pub(super) clients: Vec<Client>,
     next_token: Token,
-    signals: Vec<(Token, Pending<SignalProcess>)>,
-    resizes: Vec<Pending<ResizeTty>>,
-    exit: Option<ExitStatus>,
+    pub(super) signals: Vec<(Token, Pending<SignalProcess>)>,
+    pub(super) resizes: Vec<Pending<ResizeTty>>,
+    pub(super) exit: Option<ExitStatus>,
     /// What happens if nothing else does: the microVM is ended.
-    deadline: Option<Instant>,
+    pub(super) deadline: Option<Instant>,
     /// Why nothing is kept of the output.
     complaint: Option<String>,
 }
@@ -273,12 +267,12 @@ impl Server {
         }
     }
 
-    fn client(&mut self, token: Token) -> Option<&mut Client> {
+    pub(super) fn client(&mut self, token: Token) -> Option<&mut Client> {
         self.clients.iter_mut().find(|client| client.token == token)
     }
 
     /// Sends a message; a client that can't be told anything is forgotten.
-    fn tell(&mut self, token: Token, reply: &Reply, fds: &[BorrowedFd<'_>]) {
+    pub(super) fn tell(&mut self, token: Token, reply: &Reply, fds: &[BorrowedFd<'_>]) {
         let Some(client) = self.client(token) else { return };
         if client.connection.send(reply, fds).is_err() {
             self.forget(token);
@@ -298,11 +292,11 @@ impl Server {
         }
     }
 
-    fn fail(&mut self, token: Token, error: &SandboxError) {
+    pub(super) fn fail(&mut self, token: Token, error: &SandboxError) {
         self.tell(token, &failure::reply(error), &[]);
     }
 
-    fn forget(&mut self, token: Token) {
+    pub(super) fn forget(&mut self, token: Token) {
         self.outputs.detach(token);
         let Some(index) = self.clients.iter().position(|client| client.token == token) else {
             return;
@@ -321,126 +315,6 @@ impl Server {
             Incoming::Closed => self.forget(token),
             Incoming::Message(request, fds) => self.handle(token, request, fds),
         }
-    }
-
-    fn handle(&mut self, token: Token, request: Request, fds: Vec<OwnedFd>) {
-        match request {
-            Request::Attach(attach) => self.attach(token, attach, fds, &Reply::Attached),
-            Request::Wait => {
-                if let Some(client) = self.client(token) {
-                    client.waits = true;
-                }
-            }
-            Request::Signal { signal, all } => self.signal(token, signal, all),
-            Request::Resize { rows, columns } => self.resize(rows, columns),
-            Request::Pause => self.pause(token),
-            Request::Resume => self.resume(token),
-            Request::Rename { name } => match self.rename(name) {
-                Ok(()) => self.tell(token, &Reply::Done, &[]),
-                Err(error) => self.fail(token, &error),
-            },
-            // Once only, on a connection of its own.
-            Request::Launch { .. } => self.forget(token),
-        }
-    }
-
-    fn attach(&mut self, token: Token, attach: AttachRequest, fds: Vec<OwnedFd>, reply: &Reply) {
-        let mut fds = fds.into_iter().map(Sink::new);
-        let stdout = attach.stdout.then(|| fds.next()).flatten();
-        let stderr = attach.stderr.then(|| fds.next()).flatten();
-        let terminal = self.record.spec.process.terminal;
-        let input = self
-            .input
-            .as_ref()
-            .filter(|_| attach.stdin && self.record.spec.process.stdin);
-        let input = input.and_then(|input| input.try_clone().ok());
-        self.outputs.attach(token, attach.output_ends_it, stdout, stderr);
-        if let Some(client) = self.client(token) {
-            client.waits = true;
-            // A terminal can be attached to again; another input ends with the one it comes from.
-            client.owns_input = attach.owner && input.is_some() && !terminal;
-        }
-        let fds: Vec<BorrowedFd<'_>> = input.iter().map(AsFd::as_fd).collect();
-        self.tell(token, reply, &fds);
-    }
-
-    fn signal(&mut self, token: Token, signal: i32, all: bool) {
-        if self.record.status == Status::Paused
-            && let Err(error) = self.set_paused(false)
-        {
-            self.fail(token, &error);
-            return;
-        }
-        let sent = self.vm.agent.send::<SignalProcess>(&SignalProcessRequest {
-            container_id: self.record.id.as_str().to_owned(),
-            signal: signal.unsigned_abs(),
-            all,
-            ..SignalProcessRequest::default()
-        });
-        if signal == SIGKILL && self.deadline.is_none() {
-            self.deadline = Some(Instant::now() + KILL_PATIENCE);
-        }
-        match sent {
-            Ok(pending) => self.signals.push((token, pending)),
-            Err(error) => self.fail(token, &error),
-        }
-    }
-
-    fn resize(&mut self, rows: u16, columns: u16) {
-        let window_size = WindowSize {
-            rows: rows.into(),
-            columns: columns.into(),
-            ..WindowSize::default()
-        };
-        let sent = self.vm.agent.send::<ResizeTty>(&ResizeTtyRequest {
-            container_id: self.record.id.as_str().to_owned(),
-            window_size: Some(window_size).into(),
-            ..ResizeTtyRequest::default()
-        });
-        self.resizes.extend(sent);
-    }
-
-    fn set_paused(&mut self, paused: bool) -> Result<()> {
-        if paused {
-            self.vm.vmm.pause()?;
-            self.record.status = Status::Paused;
-        } else {
-            self.vm.vmm.resume()?;
-            self.record.status = Status::Running;
-        }
-        self.home.write(&self.record)
-    }
-
-    fn pause(&mut self, token: Token) {
-        let name = self.record.name.clone();
-        let result = match self.record.status {
-            Status::Running => self.set_paused(true),
-            _ => Err(SandboxError::Paused { name }),
-        };
-        match result {
-            Ok(()) => self.tell(token, &Reply::Done, &[]),
-            Err(error) => self.fail(token, &error),
-        }
-    }
-
-    fn resume(&mut self, token: Token) {
-        let name = self.record.name.clone();
-        let result = match self.record.status {
-            Status::Paused => self.set_paused(false),
-            _ => Err(SandboxError::NotPaused { name }),
-        };
-        match result {
-            Ok(()) => self.tell(token, &Reply::Done, &[]),
-            Err(error) => self.fail(token, &error),
-        }
-    }
-
-    fn rename(&mut self, name: String) -> Result<()> {
-        self.home.give_name(&name, &self.record.id)?;
-        let old = std::mem::replace(&mut self.record.name, name);
-        self.home.write(&self.record)?;
-        self.home.drop_name(&old);
-        Ok(())
     }
 
     /// Takes the agent's answers.
@@ -502,7 +376,7 @@ impl Server {
         });
     }
 
-    fn tell_output_events(&mut self) {
+    pub(super) fn tell_output_events(&mut self) {
         for event in self.outputs.take_events() {
             match event {
                 OutputEvent::LogFailed(error) => {
@@ -531,95 +405,6 @@ impl Server {
                 }
             }
         }
-    }
-
-    /// Ends the microVM, records the exit, tells everybody.
-    fn finish(mut self) {
-        self.vm.begin_end();
-        self.outputs.finish_log();
-        self.tell_output_events();
-        let Self {
-            home,
-            mut record,
-            vm,
-            listener,
-            mut outputs,
-            mut clients,
-            exit,
-            ..
-        } = self;
-        drop(listener);
-        let exit = exit.unwrap_or(ExitStatus {
-            code: KILLED,
-            oom_killed: false,
-        });
-        record.status = Status::Exited;
-        record.finished_ms = Some(now_ms());
-        record.exit_code = Some(exit.code);
-        record.oom_killed = exit.oom_killed;
-        record.run = None;
-        let timing = vm.finish();
-        let report = ExitReport {
-            code: exit.code,
-            oom_killed: exit.oom_killed,
-            error: record.error.clone(),
-            timing,
-        };
-        settle(home, &record);
-        clients.retain(|client| client.waits);
-        deliver_rest(&mut outputs, &mut clients);
-        // Whoever reads the other end of a pipe sees its end as soon as it is told.
-        drop(outputs);
-        for client in clients {
-            drop(client.connection.send(&Reply::Exited(report.clone()), &[]));
-        }
-    }
-}
-
-/// Leaves the home as its container wants it: with the exit recorded, or not at all.
-fn settle(home: Home, record: &ContainerRecord) {
-    let settled = if record.spec.auto_remove {
-        home.remove(&record.name)
-    } else {
-        home.write(record)
-    };
-    if let Err(error) = settled {
-        // The next command finds a record that says "running" and no owner, and records what it can.
-        tracing::error!(%error, "recording the container's end");
-    }
-}
-
-/// Writes what slow clients have not taken yet, as long as they are there.
-fn deliver_rest(outputs: &mut Outputs, clients: &mut Vec<Client>) {
-    while outputs.is_blocked() {
-        let mut fds: Vec<PollFd<'_>> = outputs
-            .blocked()
-            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::OUT))
-            .collect();
-        let writable = fds.len();
-        fds.extend(
-            clients
-                .iter()
-                .map(|client| PollFd::from_borrowed_fd(client.connection.as_fd(), PollFlags::IN)),
-        );
-        if poll(&mut fds, None).is_err_and(|errno| errno != Errno::INTR) {
-            return;
-        }
-        let gone: Vec<bool> = fds[writable..]
-            .iter()
-            .map(|fd| !fd.revents().is_empty())
-            .collect();
-        drop(fds);
-        outputs.flush();
-        let mut gone = gone.into_iter();
-        clients.retain_mut(|client| {
-            let gone = gone.next().unwrap_or(false)
-                && matches!(client.connection.receive::<Request>(), Incoming::Closed);
-            if gone {
-                outputs.detach(client.token);
-            }
-            !gone
-        });
     }
 }
 
