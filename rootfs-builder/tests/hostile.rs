@@ -288,6 +288,50 @@ fn bombs_are_refused() {
 }
 
 #[test]
+fn a_compressed_archive_that_is_a_bomb_is_refused() {
+    let scratch = tempfile::tempdir().expect("scratch directory");
+    let path = scratch.path().join("bomb.tar.gz");
+    fs::write(&path, gzip(&vec![0; 64 << 20])).expect("file");
+    let import = |limits: Limits| {
+        let store = Store::open(&scratch.path().join("store")).expect("store");
+        let source = ImageSource::OciArchive {
+            file: path.clone(),
+            tag: None,
+        };
+        let error = store.with_limits(limits).import(&source, None, &NoProgress);
+        told(&error.expect_err("a refusal"))
+    };
+    let usual = Limits::default();
+    for (limits, problem) in [
+        (
+            Limits {
+                ratio_free_bytes: 32 << 20,
+                compression_ratio: 20,
+                ..usual
+            },
+            "a decompression bomb",
+        ),
+        (
+            Limits {
+                layer_bytes: 20 << 20,
+                ..usual
+            },
+            "more than the limit",
+        ),
+        (
+            Limits {
+                reserve_bytes: u64::MAX,
+                ..usual
+            },
+            "not enough space in the image store",
+        ),
+    ] {
+        let text = import(limits);
+        assert!(text.contains(problem) && text.contains("bomb.tar.gz"), "{text}");
+    }
+}
+
+#[test]
 fn a_zstd_bomb_is_stopped_by_its_ratio() {
     let scratch = tempfile::tempdir().expect("scratch directory");
     let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).expect("encoder");

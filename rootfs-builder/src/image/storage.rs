@@ -13,6 +13,8 @@ use crate::tar::{EntryKind, Source, TarReader};
 
 /// More members than any image has.
 const MEMBERS_MAX: usize = 100_000;
+/// An archive is decompressed in steps, with a look at its size and the disk after each.
+const DECOMPRESS_STEP_BYTES: u64 = 16 << 20;
 /// Old docker archives link one layer's file to another's.
 const LINKS_MAX: usize = 8;
 
@@ -58,7 +60,7 @@ impl Storage {
             source,
         };
         let mut file = open_regular(path).map_err(read)?;
-        if let Some(decompressed) = decompress(&mut file, limits.layer_bytes, scratch).map_err(read)? {
+        if let Some(decompressed) = decompress(&mut file, limits, scratch).map_err(read)? {
             file = decompressed;
         }
         file.rewind().map_err(read)?;
@@ -214,23 +216,45 @@ fn open_regular(path: &Path) -> io::Result<File> {
 }
 
 /// The decompressed contents in an unnamed file, or nothing if the file isn't compressed.
-fn decompress(file: &mut File, limit: u64, scratch: &Path) -> io::Result<Option<File>> {
+fn decompress(file: &mut File, limits: &Limits, scratch: &Path) -> io::Result<Option<File>> {
     let mut magic = [0; 4];
     let count = file.read_at(&mut magic, 0)?;
-    let reader: Box<dyn Read> = match &magic[..count] {
+    // Clones share their position, which tells how much was read.
+    let mut reader: Box<dyn Read> = match &magic[..count] {
         [0x1f, 0x8b, ..] => Box::new(flate2::read::MultiGzDecoder::new(file.try_clone()?)),
         [0x28, 0xb5, 0x2f, 0xfd] => Box::new(zstd::stream::read::Decoder::new(file.try_clone()?)?),
         _ => return Ok(None),
     };
     let mut output = tempfile::tempfile_in(scratch)?;
-    let written = io::copy(&mut reader.take(limit + 1), &mut output)?;
-    if written > limit {
-        return Err(io::Error::new(
-            io::ErrorKind::FileTooLarge,
-            "the archive decompresses to more than the limit",
-        ));
+    let mut total = 0;
+    loop {
+        let written = io::copy(&mut reader.by_ref().take(DECOMPRESS_STEP_BYTES), &mut output)?;
+        if written == 0 {
+            return Ok(Some(output));
+        }
+        total += written;
+        let problem = if total > limits.layer_bytes {
+            "the archive decompresses to more than the limit"
+        } else if total > limits.ratio_free_bytes
+            && total / file.stream_position()?.max(1) > limits.compression_ratio
+        {
+            "the archive is a decompression bomb"
+        } else if available(scratch)? < limits.reserve_bytes {
+            return Err(io::Error::new(
+                io::ErrorKind::StorageFull,
+                "not enough space in the image store to decompress the archive",
+            ));
+        } else {
+            continue;
+        };
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, problem));
     }
-    Ok(Some(output))
+}
+
+/// Space that is left where a directory is.
+fn available(directory: &Path) -> io::Result<u64> {
+    let status = rustix::fs::statvfs(directory)?;
+    Ok(status.f_bavail.saturating_mul(status.f_frsize))
 }
 
 /// Passes over members by seeking.

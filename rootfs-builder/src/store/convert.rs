@@ -313,7 +313,10 @@ impl Work<'_> {
         }
         self.blobs.wait_for(index, &self.stop)?;
         // One process converts, others who want the same layer wait and then find it.
-        let _lock = self.directories.lock_layer(&chain_key(&self.chains[index]))?;
+        let _lock = self
+            .directories
+            .lock_layer_unless(&chain_key(&self.chains[index]), &self.stop)?
+            .ok_or(Error::Cancelled)?;
         if let Some(found) = present() {
             return Ok(found);
         }

@@ -4,6 +4,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -14,6 +15,8 @@ use super::{Error, ImageName};
 
 const BLOB_SUFFIX: &str = ".erofs";
 const RECORD_SUFFIX: &str = ".json";
+/// How often a wait looks whether it is still wanted.
+const LOCK_POLL: Duration = Duration::from_millis(20);
 /// For so long a pull that broke off can be gone on with.
 const DOWNLOADS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -165,8 +168,27 @@ impl Directories {
         self.lock_layer("names")
     }
 
-    /// Wait until nobody else converts the layer.
+    /// Wait until nobody else makes the layer.
     pub fn lock_layer(&self, key: &str) -> Result<File, Error> {
+        let (file, path) = self.lock_file(key)?;
+        file.lock().map_err(at(&path))?;
+        Ok(file)
+    }
+
+    /// As [`Directories::lock_layer`], or until `stop` is set: then there is no lock.
+    pub fn lock_layer_unless(&self, key: &str, stop: &AtomicBool) -> Result<Option<File>, Error> {
+        let (file, path) = self.lock_file(key)?;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(Some(file)),
+                Err(fs::TryLockError::Error(source)) => return Err(at(&path)(source)),
+                Err(fs::TryLockError::WouldBlock) if stop.load(Ordering::Relaxed) => return Ok(None),
+                Err(fs::TryLockError::WouldBlock) => std::thread::sleep(LOCK_POLL),
+            }
+        }
+    }
+
+    fn lock_file(&self, key: &str) -> Result<(File, PathBuf), Error> {
         let path = self.temporary.join(format!("{key}.lock"));
         let file = OpenOptions::new()
             .create(true)
@@ -174,8 +196,7 @@ impl Directories {
             .write(true)
             .open(&path)
             .map_err(at(&path))?;
-        file.lock().map_err(at(&path))?;
-        Ok(file)
+        Ok((file, path))
     }
 }
 
