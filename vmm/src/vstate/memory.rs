@@ -178,6 +178,7 @@ mod advise {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_memory::Bytes;
 
     #[test]
     fn memory_beyond_three_gib_continues_after_the_hole() {
@@ -194,6 +195,18 @@ mod tests {
         assert!(matches!(error, MemoryError::TooLarge { .. }), "{error}");
         assert!(matches!(check_size(u64::MAX), Err(MemoryError::TooLarge { .. })));
         check_size(128).unwrap();
+    }
+
+    #[test]
+    fn populating_fits_every_size_and_changes_nothing() {
+        for memory_mib in [MIN_MEMORY_MIB, 128, 4096] {
+            let ram = create(memory_mib, true).unwrap();
+            let last = ram.last_addr();
+            ram.write_obj(0x5au8, last).unwrap();
+            populate_for_boot(&ram);
+            assert_eq!(ram.read_obj::<u8>(last).unwrap(), 0x5a);
+            assert_eq!(ram.read_obj::<u64>(GuestAddress(FIRST_BLOCK)).unwrap(), 0);
+        }
     }
 
     #[test]

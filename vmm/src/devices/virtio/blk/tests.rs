@@ -113,10 +113,10 @@ fn metric(driver: &TestDriver<Blk>, name: &str) -> u64 {
     value.unwrap()
 }
 
-#[test]
-fn disk_that_hangs_delays_its_own_requests_and_nothing_else() {
+/// A disk of two sectors that doesn't answer until the sender is dropped.
+fn hanging_drive() -> (TestDriver<Blk>, std::sync::mpsc::Sender<()>) {
     let (let_go, hold) = std::sync::mpsc::channel::<()>();
-    let image = image(&pattern(1 << 20));
+    let image = image(&pattern(1024));
     let spec = BlkSpec::new("vda", open(&image, true), true)
         .with_engine(EngineChoice::Sync)
         .with_confinement(Box::new(move || {
@@ -124,44 +124,42 @@ fn disk_that_hangs_delays_its_own_requests_and_nothing_else() {
             let _ = hold.recv();
             Ok(())
         }));
-    let mut driver = TestDriver::new(Blk::new(spec).unwrap());
+    (TestDriver::new(Blk::new(spec).unwrap()), let_go)
+}
+
+/// Asks for the second sector without waiting for it: where the data and the status will be.
+fn ask(driver: &mut TestDriver<Blk>) -> (u64, u64) {
     let data = driver.alloc(512);
     let status = driver.place(&[0xee]);
-    let head = header(&mut driver, IN, 1);
-    for _ in 0..2 {
-        driver.add(0, &[readable(head, 16), writable(data, 512), writable(status, 1)]);
-        driver.kick(0);
-        // Returns, though the disk doesn't.
-        driver.run();
-        assert!(driver.used(0).is_empty());
-    }
+    let head = header(driver, IN, 1);
+    driver.add(0, &[readable(head, 16), writable(data, 512), writable(status, 1)]);
+    driver.kick(0);
+    // Returns, though the disk doesn't.
+    driver.run();
+    (data, status)
+}
+
+#[test]
+fn disk_that_hangs_delays_its_own_requests_and_nothing_else() {
+    let (mut driver, let_go) = hanging_drive();
+    let asked = [ask(&mut driver), ask(&mut driver)];
+    assert!(driver.used(0).is_empty());
     drop(let_go);
     let mut used = 0;
     driver.run_until(|driver| {
         used += driver.used(0).len();
         used == 2
     });
-    assert_eq!(driver.bytes(status, 1), [OK]);
-    assert_eq!(driver.bytes(data, 512), pattern(1024)[512..]);
+    for (data, status) in asked {
+        assert_eq!(driver.bytes(status, 1), [OK]);
+        assert_eq!(driver.bytes(data, 512), pattern(1024)[512..]);
+    }
 }
 
 #[test]
 fn reset_waits_for_a_disk_that_hangs_without_keeping_the_device() {
-    let (let_go, hold) = std::sync::mpsc::channel::<()>();
-    let image = image(&pattern(4096));
-    let spec = BlkSpec::new("vda", open(&image, true), true)
-        .with_engine(EngineChoice::Sync)
-        .with_confinement(Box::new(move || {
-            let _ = hold.recv();
-            Ok(())
-        }));
-    let mut driver = TestDriver::new(Blk::new(spec).unwrap());
-    let data = driver.alloc(512);
-    let status = driver.place(&[0xee]);
-    let head = header(&mut driver, IN, 1);
-    driver.add(0, &[readable(head, 16), writable(data, 512), writable(status, 1)]);
-    driver.kick(0);
-    driver.run();
+    let (mut driver, let_go) = hanging_drive();
+    let (data, _) = ask(&mut driver);
     let device = std::sync::Arc::clone(&driver.device);
     let event_loop = std::thread::spawn(move || {
         // The lock is to be had again and again while the reset waits.
