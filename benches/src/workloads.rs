@@ -44,8 +44,8 @@ took() { echo "FIGURE $1 $(awk "BEGIN { print $(now) - $2 }")"; }
 const WORKLOADS: &[Workload] = &[
     Workload {
         image: "redis",
-        script: r#"redis-server --bind 127.0.0.1 --save '' --daemonize yes >/dev/null
-until redis-cli ping 2>/dev/null | grep -q PONG; do sleep 0.1; done
+        script: r#"cd /tmp; redis-server --bind 127.0.0.1 --dir /tmp --save '' --daemonize yes >/dev/null
+for i in $(seq 300); do redis-cli ping 2>/dev/null | grep -q PONG && break; sleep 0.1; done
 redis-benchmark -q --csv -n 20000 -c 20 -t set,get | tr -d '"' | awk -F, '/^(SET|GET)/ { print "FIGURE redis_" tolower($1) "_per_s " $2 }'
 redis-benchmark -q --csv -n 100000 -c 20 -P 16 -t set,get | tr -d '"' | awk -F, '/^(SET|GET)/ { print "FIGURE redis_pipelined_" tolower($1) "_per_s " $2 }'
 redis-cli shutdown nosave || true"#,
@@ -54,8 +54,8 @@ redis-cli shutdown nosave || true"#,
         image: "postgres",
         script: r#"t=$(now); initdb -U postgres --auth=trust -D "$PGDATA" >/dev/null 2>&1; took postgres_initdb_s $t
 pg_ctl -w -l /tmp/log -o '-c listen_addresses=' start >/dev/null; pgbench -U postgres -i -s 2 -q postgres >/dev/null 2>&1
-pgbench -U postgres -c 4 -j 2 -T 5 postgres 2>/dev/null | awk '/^tps/ { print "FIGURE pgbench_per_s " $3 }'
-pgbench -U postgres -S -c 4 -j 2 -T 5 postgres 2>/dev/null | awk '/^tps/ { print "FIGURE pgbench_read_only_per_s " $3 }'
+pgbench -U postgres -c 4 -j 2 -T 3 postgres 2>/dev/null | awk '/^tps/ { print "FIGURE pgbench_per_s " $3 }'
+pgbench -U postgres -S -c 4 -j 2 -T 3 postgres 2>/dev/null | awk '/^tps/ { print "FIGURE pgbench_read_only_per_s " $3 }'
 pg_ctl -w -m fast stop >/dev/null"#,
     },
     Workload {
@@ -71,7 +71,7 @@ cd /usr/src/lua5.4; t=$(now); make -j2 linux >/dev/null 2>&1; took gcc_lua_s $t"
     },
     Workload {
         image: "sqlite",
-        script: r#"t=$(now); speedtest1 --size 10 /tmp/speed.db >/dev/null; took sqlite_speedtest1_s $t"#,
+        script: r#"t=$(now); speedtest1 --size 5 /tmp/speed.db >/dev/null; took sqlite_speedtest1_s $t"#,
     },
     Workload {
         image: "python",
