@@ -131,6 +131,74 @@ impl Cgroup {
     }
 }
 
+/// A control group in which a further process of a container is born while the container stands still.
+///
+/// A container that may trace processes could look into one that has the agent's memory until it executes its program.
+/// So nothing of the container runs meanwhile, and the process joins it when it has become its own. What the process
+/// has started by then is here, too, and joins with it.
+#[derive(Debug)]
+pub struct Staging {
+    own: Cgroup,
+    container: Cgroup,
+}
+
+impl Staging {
+    /// Stops the container, until this is dropped.
+    pub fn begin(container: &Cgroup, name: &str) -> Result<Self, AgentError> {
+        let step =
+            |error: std::io::Error| AgentError::setup("stopping the container for an exec")(io_errno(&error));
+        let dir = Path::new(init::CGROUP_DIR).join(format!("staging-{name}"));
+        fs::create_dir(&dir).map_err(step)?;
+        let this = Self {
+            own: Cgroup { dir },
+            container: Cgroup {
+                dir: container.dir.clone(),
+            },
+        };
+        this.container.freeze(true).map_err(step)?;
+        Ok(this)
+    }
+
+    /// Where the process is to be born.
+    pub fn open(&self) -> Result<OwnedFd, AgentError> {
+        self.own.open()
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // Frozen, they start no more while they are moved.
+        let _ = self.own.freeze(true);
+        for pid in self.own.pids() {
+            let _ = fs::write(self.container.dir.join("cgroup.procs"), pid.to_string());
+        }
+        let _ = self.container.freeze(false);
+        drop(fs::remove_dir(&self.own.dir));
+        // The container's group isn't this value's to remove.
+        self.container.dir = PathBuf::new();
+        self.own.dir = PathBuf::new();
+    }
+}
+
+impl Cgroup {
+    fn freeze(&self, frozen: bool) -> std::io::Result<()> {
+        const PATIENCE: Duration = Duration::from_secs(2);
+        fs::write(self.dir.join("cgroup.freeze"), if frozen { "1" } else { "0" })?;
+        let deadline = Instant::now() + PATIENCE;
+        while frozen && keyed(&self.read("cgroup.events"), "frozen") == 0 {
+            if keyed(&self.read("cgroup.events"), "populated") == 0 {
+                break;
+            }
+            if Instant::now() >= deadline {
+                fs::write(self.dir.join("cgroup.freeze"), "0")?;
+                return Err(Errno::ETIMEDOUT.into());
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        Ok(())
+    }
+}
+
 /// Unit of /proc/diskstats.
 const SECTOR_BYTES: u64 = 512;
 
@@ -151,6 +219,9 @@ fn disk_sectors(diskstats: &str) -> (u64, u64) {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
+        if self.dir.as_os_str().is_empty() {
+            return;
+        }
         let _ = self.kill();
         drop(fs::remove_dir(&self.dir));
     }

@@ -36,7 +36,7 @@ use nix::{
 };
 
 use crate::{
-    cgroup::Cgroup,
+    cgroup::{Cgroup, Staging},
     device_filter,
     error::AgentError,
     files, init,
@@ -50,6 +50,8 @@ use crate::{
 
 /// Execs of one container that are remembered; beyond it the exited ones are forgotten.
 const MAX_EXECS: usize = 1024;
+
+const CAP_SYS_PTRACE: u64 = 1 << 19;
 
 /// Told once when a process has exited.
 pub type Waiter = Box<dyn FnOnce(WaitProcessResponse) + Send>;
@@ -89,6 +91,8 @@ struct Surroundings {
     cgroup: OwnedFd,
     /// The container's terminals.
     devpts: OwnedFd,
+    /// Whether its processes may look into others; see [`Staging`].
+    traces: bool,
 }
 
 struct Container {
@@ -168,6 +172,7 @@ impl Containers {
             root: rootfs.open_root()?,
             cgroup: cgroup.open()?,
             devpts,
+            traces: request.process.capabilities.bounding & CAP_SYS_PTRACE != 0,
         });
         let process = request.process.take().unwrap_or_default();
         let place = Place::New {
@@ -234,7 +239,7 @@ impl Containers {
     /// Makes a created process and lets it execute its program.
     pub fn start(&self, process: &ProcessRef) -> Result<u32, AgentError> {
         let (container_id, exec_id) = (process.container_id.as_str(), process.exec_id.as_str());
-        let (plan, ends) = {
+        let (mut plan, ends) = {
             let mut table = self.lock();
             let entry = table.entry(container_id, exec_id)?;
             match std::mem::replace(&mut entry.state, State::Starting) {
@@ -254,7 +259,12 @@ impl Containers {
         };
         let launched = ends
             .take_streams(&self.streams, container_id, exec_id)
-            .and_then(|connected| Ok((process::launch(&plan)?, connected)));
+            .and_then(|connected| {
+                let staging = self.stage(&mut plan, process)?;
+                let launched = process::launch(&plan);
+                drop(staging);
+                Ok((launched?, connected))
+            });
         // The process's ends of its streams, so that the process is all who holds them.
         drop(plan);
         match launched {
@@ -268,6 +278,21 @@ impl Containers {
                 Err(error)
             }
         }
+    }
+
+    /// Stops a container that could look into a process that is being made in it.
+    fn stage(&self, plan: &mut Plan, process: &ProcessRef) -> Result<Option<Staging>, AgentError> {
+        if !matches!(plan.place, Place::Join { .. }) {
+            return Ok(None);
+        }
+        let mut table = self.lock();
+        let container = table.container(&process.container_id)?;
+        if !container.surroundings.traces {
+            return Ok(None);
+        }
+        let staging = Staging::begin(&container.cgroup, &process.exec_id)?;
+        plan.cgroup = staging.open()?;
+        Ok(Some(staging))
     }
 
     /// Enters a started process into the table.

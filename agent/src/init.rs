@@ -33,6 +33,10 @@ const NO_DEV: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV);
 /// Prepares the microVM. A step that fails is logged and not fatal: what it was for will fail with a clear
 /// error when it is asked for.
 pub fn prepare() {
+    // A process that is being made has this one's memory; see `process::child`.
+    if let Err(errno) = nix::sys::prctl::set_dumpable(false) {
+        log!("making the agent undumpable: {errno}");
+    }
     for (source, target, kind, flags, data) in MOUNTS {
         match mount(Some(source), target, Some(kind), flags, Some(data)) {
             // The kernel mounts /dev itself where it is configured to.

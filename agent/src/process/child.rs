@@ -3,8 +3,8 @@
 //! Invariants: it never returns and never panics on purpose; it takes no lock of the agent. A process that joins a
 //! container can be killed by it at any instruction, so on that path nothing is allocated or freed: the agent's
 //! allocator can't be left locked. (A container's first process can be killed by nobody before it runs its program.)
-//! Nothing of a container can look into it: the agent isn't dumpable, and who may look nevertheless
-//! (`CAP_SYS_PTRACE`) is never in the container's PID namespace while the memory is shared; see `launch`.
+//! Nothing of a container can look into it: the agent isn't dumpable, and a container that may look nevertheless
+//! (`CAP_SYS_PTRACE`) stands still meanwhile (`cgroup::Staging`).
 
 use std::{
     convert::Infallible,
