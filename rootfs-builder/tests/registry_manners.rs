@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rootfs_builder::registry::{Credentials, PullOptions, Reference, RegistryError, log_in};
-use rootfs_builder::{Error, NoProgress, PreparedImage, Progress, ProgressEvent, Store};
+use rootfs_builder::{Error, LayerOutcome, NoProgress, PreparedImage, Progress, ProgressEvent, Store};
 use support::archive::{Layout, Member, archive, noise, sha256};
 use support::server::{Request, Response, Server, image};
 use support::told;
@@ -410,6 +410,46 @@ fn what_does_not_have_its_digest_is_refused_and_forgotten() {
     scratch
         .pull(&Server::start(image(&layout.dir)), &PullOptions::new())
         .expect("pull");
+}
+
+#[derive(Default)]
+struct Converted(Cell<usize>);
+
+impl Progress for Converted {
+    fn event(&self, event: ProgressEvent<'_>) {
+        if let ProgressEvent::LayerFinished { outcome, .. } = event
+            && matches!(outcome, LayerOutcome::Converted { .. })
+        {
+            self.0.set(self.0.get() + 1);
+        }
+    }
+}
+
+#[test]
+fn a_layer_that_is_there_twice_is_fetched_and_converted_once() {
+    let scratch = Scratch::new();
+    let mut layout = Layout::new(&scratch.dir.path().join("layout"));
+    let twice = archive(&[Member::file("twice", noise(1, 400_000))]);
+    let once = archive(&[Member::file("once", b"")]);
+    layout
+        .layer(&twice)
+        .layer(&once)
+        .layer(&twice)
+        .layer(&twice)
+        .write();
+    let server = Server::start(image(&layout.dir));
+    let converted = Converted::default();
+    let pulled = scratch
+        .store
+        .pull(&reference(&server), None, &PullOptions::new(), &converted)
+        .unwrap_or_else(|error| panic!("{}", told(&error)));
+    assert_eq!(pulled.layers.len(), 4);
+    assert_eq!(converted.0.get(), 2);
+    let digest = layout.manifest()["layers"][0]["digest"]
+        .as_str()
+        .expect("digest")
+        .to_owned();
+    assert_eq!(server.count(|request| request.path.ends_with(&digest)), 1);
 }
 
 #[test]

@@ -275,20 +275,33 @@ impl Work<'_> {
 
     /// The images of all layers below `index`, once they are finished.
     fn below(&self, index: usize) -> Result<Vec<PathBuf>, LayerError> {
+        self.wait_until(|done| {
+            let layers = done[..index].iter();
+            layers
+                .map(|layer| Some(self.directories.layer_blob(&layer.as_ref()?.key)))
+                .collect()
+        })
+    }
+
+    /// Wait for the same layer further down, if the image has it more than once: it is fetched and converted once.
+    fn same_below(&self, index: usize) -> Result<(), LayerError> {
+        let mut below = self.image.layers[..index].iter();
+        let diff_id = &self.image.layers[index].diff_id;
+        let Some(same) = below.position(|layer| layer.diff_id == *diff_id) else {
+            return Ok(());
+        };
+        self.wait_until(|done| done[same].as_ref().map(|_| ()))
+    }
+
+    /// Wait for finished layers, or until it is time to stop.
+    fn wait_until<T>(&self, ready: impl Fn(&[Option<Found>]) -> Option<T>) -> Result<T, LayerError> {
         let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             if self.stopped() {
                 return Err(LayerError::Stopped);
             }
-            let keys: Option<Vec<&str>> = done[..index]
-                .iter()
-                .map(|layer| layer.as_ref().map(|layer| layer.key.as_str()))
-                .collect();
-            if let Some(keys) = keys {
-                return Ok(keys
-                    .into_iter()
-                    .map(|key| self.directories.layer_blob(key))
-                    .collect());
+            if let Some(found) = ready(&done) {
+                return Ok(found);
             }
             done = self.changed.wait(done).unwrap_or_else(PoisonError::into_inner);
         }
@@ -308,6 +321,7 @@ impl Work<'_> {
             say(Told::Finished { index, outcome });
             Some(found)
         };
+        self.same_below(index).map_err(|_| Error::Cancelled)?;
         if let Some(found) = present() {
             return Ok(found);
         }
