@@ -1,7 +1,7 @@
 //! Images by name: from the store, imported or pulled first where they aren't there.
 
-use anyhow::Context as _;
-use rootfs_builder::{ImageConfig, ImageSource, PreparedImage, Store};
+use anyhow::{Context as _, bail};
+use rootfs_builder::{ImageConfig, ImageSource, PreparedImage, Store, registry::Reference};
 use sandbox::{Directories, ImageDefaults, Runtime};
 
 use crate::{container_options, import, pull};
@@ -22,37 +22,34 @@ pub fn obtain(
     if let Some(source) = explicit_source(name) {
         return import::import(&store, &source, None);
     }
-    let fetch = || {
-        let reference = pull::parse_reference(name)?;
-        eprintln!("Unable to find image '{name}' locally; pulling it");
-        pull::pull(&store, &reference, &pull::Access::default(), false)
+    let found = match store.resolve(name) {
+        Err(rootfs_builder::Error::NotFound { .. }) => None,
+        Err(rootfs_builder::Error::Name { problem, .. }) if !name.contains('@') => {
+            bail!("invalid reference format: {name:?}: {problem}")
+        }
+        // A name with a digest is one for the registry only.
+        Err(rootfs_builder::Error::Name { .. }) => None,
+        found => Some(found?),
     };
-    if policy == Pull::Always && has_registry(name) {
-        return pull::pull(
-            &store,
-            &pull::parse_reference(name)?,
-            &pull::Access::default(),
-            false,
-        );
-    }
-    match store.resolve(name) {
-        Err(rootfs_builder::Error::NotFound { .. }) if policy != Pull::Never && has_registry(name) => {
-            fetch().with_context(|| format!("unable to find image {name:?}, or to pull it"))
-        }
-        Err(rootfs_builder::Error::NotFound { .. }) => Err(anyhow::anyhow!(
+    let candidates = Reference::candidates(name).unwrap_or_default();
+    let here = candidates
+        .iter()
+        .find_map(|candidate| store.resolve(&candidate.local_name()).ok());
+    match (found.or(here), policy) {
+        (Some(image), Pull::Missing | Pull::Never) => Ok(image),
+        // Imported, not pulled: there is nothing newer.
+        (Some(image), Pull::Always) if candidates.is_empty() => Ok(image),
+        (None, _) if policy == Pull::Never || candidates.is_empty() => bail!(
             "unable to find image {name:?}; `hull images` lists what there is, `hull import oci:DIR:TAG {name}` adds one, `hull pull HOST/{name}` fetches one"
-        )),
-        Err(rootfs_builder::Error::Name { problem, .. }) => {
-            Err(anyhow::anyhow!("invalid reference format: {name:?}: {problem}"))
+        ),
+        (found, _) => {
+            if found.is_none() {
+                eprintln!("Unable to find image '{name}' locally; pulling it");
+            }
+            pull::pull(&store, &candidates, &pull::Access::default(), false)
+                .with_context(|| format!("unable to pull image {name:?}"))
         }
-        found => Ok(found?),
     }
-}
-
-/// Whether a name says which registry its image comes from.
-fn has_registry(name: &str) -> bool {
-    name.split_once('/')
-        .is_some_and(|(first, _)| pull::is_host(first))
 }
 
 /// A name that says by its prefix where the image is.
@@ -98,13 +95,5 @@ mod tests {
     fn port_of_a_registry_is_not_a_tag() {
         assert_eq!(split_name("a:5000/b"), ("a:5000/b", "latest"));
         assert_eq!(split_name("b:1.2"), ("b", "1.2"));
-    }
-
-    #[test]
-    fn only_a_name_with_a_host_is_pulled() {
-        assert!(has_registry("localhost:5000/x"));
-        assert!(has_registry("registry.test/x:1"));
-        assert!(!has_registry("team/x"));
-        assert!(!has_registry("x:5000"));
     }
 }

@@ -13,6 +13,7 @@ mod completion;
 mod confinement_options;
 mod container_inspect;
 mod container_options;
+mod cp;
 mod create;
 mod doctor;
 mod exec;
@@ -36,6 +37,8 @@ mod pause;
 mod prune;
 mod ps;
 mod pull;
+#[cfg(test)]
+mod reference;
 mod rename;
 mod restart;
 mod resume;
@@ -90,6 +93,7 @@ enum Verb {
     Rename(rename::Rename),
     Rm(rm::Rm),
     Logs(logs::Logs),
+    Cp(cp::Cp),
     Inspect(inspect::Inspect),
     Images(images::Images),
     Pull(pull::Pull),
@@ -154,6 +158,7 @@ fn main() -> ExitCode {
         Verb::Kill(kill) => (kill.execute(), |_| 1),
         Verb::Rm(rm) => (rm.execute(), |_| 1),
         Verb::Images(images) => (images.execute(), |_| 1),
+        Verb::Cp(cp) => (cp.execute(), |_| 1),
         Verb::Logs(logs) => (logs.execute(), |_| 1),
         Verb::Inspect(inspect) => (inspect.execute(), |_| 1),
         Verb::Pull(pull) => (pull.execute(), |_| 1),

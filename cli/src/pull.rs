@@ -4,7 +4,7 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 use rootfs_builder::{
     PreparedImage, Store,
-    registry::{Credentials, PullOptions, Reference},
+    registry::{Credentials, PullOptions, Reference, RegistryError},
 };
 use sandbox::Directories;
 
@@ -56,42 +56,51 @@ fn own_platforms() -> [&'static str; 3] {
     }
 }
 
-/// Fetches an image, with bars if somebody looks.
+/// Fetches an image, with bars if somebody looks: the first of several references that there is.
 ///
 /// # Errors
-/// As [`Store::pull`].
+/// As [`Store::pull`], of the last one.
 pub fn pull(
     store: &Store,
-    reference: &Reference,
+    references: &[Reference],
     access: &Access,
     quiet: bool,
 ) -> anyhow::Result<PreparedImage> {
-    let options = PullOptions::new()
-        .credentials(Credentials::find_for(reference)?)
-        .tls_verify(access.tls_verify);
-    Ok(store.pull(reference, None, &options, &Bars::new(quiet))?)
+    let mut result = Err(anyhow::anyhow!("no registry to pull it from"));
+    for reference in references {
+        let options = PullOptions::new()
+            .credentials(Credentials::find_for(reference)?)
+            .tls_verify(access.tls_verify);
+        let pulled = store.pull(reference, None, &options, &Bars::new(quiet));
+        let is_missing = matches!(
+            &pulled,
+            Err(rootfs_builder::Error::Pull {
+                source: RegistryError::NotFound { .. },
+                ..
+            })
+        );
+        result = pulled.map_err(Into::into);
+        if !is_missing {
+            break;
+        }
+    }
+    result
 }
 
-/// Reads a reference; the error says how a short name becomes one.
+/// What a name may stand for; the error says how a short one becomes a reference.
 ///
 /// # Errors
 /// It is no reference.
-pub fn parse_reference(text: &str) -> anyhow::Result<Reference> {
+fn candidates(text: &str) -> anyhow::Result<Vec<Reference>> {
+    let is_host = |first: &str| first.contains(['.', ':']) || first == "localhost" || first.starts_with('[');
     let looks_short = !text.contains('@') && text.split_once('/').is_none_or(|(first, _)| !is_host(first));
-    Reference::parse(text).with_context(|| {
+    Reference::candidates(text).with_context(|| {
         if looks_short {
-            format!(
-                "which registry has {text:?}? there is no default one: say it in full, as in HOST[:PORT]/{text}"
-            )
+            format!("which registry has {text:?}? say it in full, as in HOST[:PORT]/{text}")
         } else {
             format!("can't pull {text:?}")
         }
     })
-}
-
-/// Whether the first part of a reference is a registry, as everywhere.
-pub fn is_host(first: &str) -> bool {
-    first.contains(['.', ':']) || first == "localhost" || first.starts_with('[')
 }
 
 impl Pull {
@@ -111,9 +120,9 @@ impl Pull {
                 own_platforms()[0]
             );
         }
-        let reference = parse_reference(&self.reference)?;
+        let references = candidates(&self.reference)?;
         let store = image::open_store(&Directories::from_environment())?;
-        let image = pull(&store, &reference, &self.access, self.quiet)?;
+        let image = pull(&store, &references, &self.access, self.quiet)?;
         if !self.quiet && !image.manifest_digest.is_empty() {
             eprintln!("Digest: {}", image.manifest_digest);
         }
@@ -128,12 +137,12 @@ mod tests {
 
     #[test]
     fn short_name_is_refused_with_the_way_out() {
-        let error = parse_reference("redis:7").unwrap_err();
+        let error = candidates("redis:7").unwrap_err();
         assert!(error.to_string().contains("HOST[:PORT]/redis:7"), "{error:#}");
-        let error = parse_reference("team/redis").unwrap_err();
-        assert!(error.to_string().contains("in full"), "{error:#}");
-        let error = parse_reference("registry.test/UPPER").unwrap_err();
+        let error = candidates("team/redis").unwrap_err();
+        assert!(error.to_string().contains("HOST[:PORT]/team/redis"), "{error:#}");
+        let error = candidates("registry.test/UPPER").unwrap_err();
         assert!(error.to_string().starts_with("can't pull"), "{error:#}");
-        parse_reference("localhost:5000/redis").unwrap();
+        candidates("localhost:5000/redis").unwrap();
     }
 }

@@ -15,6 +15,16 @@ pub fn rfc3339(time_ms: u64) -> String {
         .unwrap_or_default()
 }
 
+/// The local time of day, `HH:MM`, of a time in milliseconds since the epoch.
+pub fn clock(time_ms: u64) -> String {
+    let time = i64::try_from(time_ms)
+        .ok()
+        .and_then(|ms| Timestamp::from_millisecond(ms).ok())
+        .unwrap_or_default();
+    let local = time.to_zoned(TimeZone::system());
+    format!("{:02}:{:02}", local.hour(), local.minute())
+}
+
 /// How long ago an RFC 3339 time was; the text itself where it isn't one.
 pub fn since_rfc3339(text: &str) -> String {
     match text.parse::<Timestamp>() {

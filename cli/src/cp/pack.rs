@@ -13,8 +13,8 @@ use tar::{Builder, EntryType, Header};
 /// What is packed, and as whose.
 #[derive(Debug, Clone, Copy)]
 pub struct Packing<'a> {
-    /// What the archive's first entry is called.
-    pub name: &'a OsStr,
+    /// What the source is called in the archive; nothing if only its content is packed.
+    pub name: Option<&'a OsStr>,
     /// Follow the source itself if it is a link; links below it are kept.
     pub follow: bool,
     /// Keep owners; otherwise all belongs to the container's root.
@@ -38,7 +38,10 @@ pub fn pack(output: impl Write, source: &Path, packing: Packing<'_>) -> io::Resu
         keep_owners: packing.keep_owners,
         skipped: &mut skipped,
     };
-    packer.append(source, Path::new(packing.name), &metadata)?;
+    match packing.name {
+        Some(name) => packer.append(source, Path::new(name), &metadata)?,
+        None => packer.append_content(source, Path::new(""))?,
+    }
     builder.into_inner()?.flush()?;
     Ok(skipped)
 }
@@ -65,20 +68,24 @@ impl<W: Write> Packer<'_, W> {
         header
     }
 
+    fn append_content(&mut self, directory: &Path, name: &Path) -> io::Result<()> {
+        let mut entries = fs::read_dir(directory)?.collect::<io::Result<Vec<_>>>()?;
+        entries.sort_by_key(fs::DirEntry::file_name);
+        for entry in entries {
+            let path = entry.path();
+            let metadata = fs::symlink_metadata(&path)?;
+            self.append(&path, &name.join(entry.file_name()), &metadata)?;
+        }
+        Ok(())
+    }
+
     fn append(&mut self, source: &Path, name: &Path, metadata: &fs::Metadata) -> io::Result<()> {
         let kind = metadata.file_type();
         let mut header = self.header(metadata);
         if kind.is_dir() {
             header.set_entry_type(EntryType::Directory);
             self.builder.append_data(&mut header, name, io::empty())?;
-            let mut entries = fs::read_dir(source)?.collect::<io::Result<Vec<_>>>()?;
-            entries.sort_by_key(fs::DirEntry::file_name);
-            for entry in entries {
-                let path = entry.path();
-                let below = fs::symlink_metadata(&path)?;
-                self.append(&path, &name.join(entry.file_name()), &below)?;
-            }
-            return Ok(());
+            return self.append_content(source, name);
         }
         if kind.is_symlink() {
             header.set_entry_type(EntryType::Symlink);
@@ -126,7 +133,7 @@ mod tests {
         symlink("file", from.join("link")).unwrap();
         let mut archive = Vec::new();
         let packing = Packing {
-            name: OsStr::new("top"),
+            name: Some(OsStr::new("top")),
             follow: false,
             keep_owners: false,
         };
@@ -152,7 +159,7 @@ mod tests {
         for (follow, kind) in [(false, EntryType::Symlink), (true, EntryType::Regular)] {
             let mut bytes = Vec::new();
             let packing = Packing {
-                name: OsStr::new("x"),
+                name: Some(OsStr::new("x")),
                 follow,
                 keep_owners: true,
             };
@@ -173,7 +180,7 @@ mod tests {
         let path = scratch.path().join("socket");
         let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
         let packing = Packing {
-            name: OsStr::new("d"),
+            name: None,
             follow: false,
             keep_owners: false,
         };

@@ -1,5 +1,6 @@
-//! `hull top`: all microVMs as they are now.
+//! `hull top`: all microVMs as they are now, or the processes of one container.
 
+mod processes;
 mod table;
 mod view;
 
@@ -10,9 +11,10 @@ use sandbox::{Directories, Runtime};
 
 use crate::{format, format::PrintFormat, sampler::Sampler};
 
-/// Watch all microVMs.
+/// Watch all microVMs, or show a container's processes.
 ///
-/// A view of all microVMs that goes on until q is pressed; where stdout is no terminal, one table.
+/// Without a container: a view of all microVMs that goes on until q is pressed; where stdout is no terminal, one table. With
+/// one: its processes, as docker's top shows them.
 #[derive(Debug, Args)]
 pub struct Top {
     /// Seconds between two looks
@@ -24,6 +26,8 @@ pub struct Top {
     /// How to print: table, json, or a Go template
     #[arg(long, default_value = "table")]
     format: PrintFormat,
+    /// Name or id
+    container: Option<String>,
 }
 
 /// A rate needs a time; this much is waited for where only one table is printed.
@@ -33,6 +37,9 @@ impl Top {
     /// Shows what was asked for.
     pub fn execute(self) -> anyhow::Result<u8> {
         let runtime = Runtime::open(&Directories::from_environment())?;
+        if let Some(container) = &self.container {
+            return processes::print(&runtime, &runtime.find(container)?, &self.format);
+        }
         let is_live = std::io::stdout().is_terminal() && std::io::stdin().is_terminal();
         let mut sampler = Sampler::new(runtime);
         if is_live && !self.no_stream && self.format == PrintFormat::Table {

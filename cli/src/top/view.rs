@@ -154,7 +154,7 @@ impl View {
 
     fn summary(&self) -> String {
         let running = self.rows.iter().filter(|row| row.status == "running").count();
-        let cpu: f64 = self.rows.iter().map(|row| row.cpu_percent).sum();
+        let cpu = self.rows.iter().fold(0.0, |sum, row| sum + row.cpu_percent);
         let sum = |of: fn(&Row) -> u64| self.rows.iter().map(of).fold(0, u64::saturating_add);
         format!(
             "{} microVMs, {running} running   CPU {cpu:.1}%   memory given {}, taken of this host {}",
