@@ -34,7 +34,7 @@ use crate::{error::AgentError, log::log, terminal::Terminal, vsock};
 /// How long the host may take for the header, and for attaching what it declared.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Streams that wait for their process; beyond it the oldest is closed.
-const MAX_WAITING: usize = 256;
+const MAX_WAITING: usize = 1024;
 /// One read or write of a pump. As large as the pipe.
 const BUFFER_BYTES: usize = 256 * 1024;
 

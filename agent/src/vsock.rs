@@ -29,7 +29,8 @@ fn stream_socket() -> Result<OwnedFd, Errno> {
 pub fn listen_on(port: u32) -> Result<OwnedFd, Errno> {
     let fd = stream_socket()?;
     bind(fd.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, port))?;
-    listen(&fd, Backlog::new(64)?)?;
+    // A host may open hundreds at once, for as many execs.
+    listen(&fd, Backlog::new(1024)?)?;
     Ok(fd)
 }
 

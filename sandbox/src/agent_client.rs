@@ -310,7 +310,98 @@ mod tests {
         assert!(matches!(error, SandboxError::AgentConnection { .. }));
     }
 
+    #[test]
+    fn agent_that_drips_is_given_up_in_time() {
+        let (mut client, mut agent) = pair();
+        let pending = client.send::<Shutdown>(&Empty::default()).unwrap();
+        let dripping = std::thread::spawn(move || {
+            // A frame of four MiB, a byte at a time: each arrives well before the deadline.
+            let header = [0, 0x40, 0, 0, 0, 0, 0, 1, 2, 0];
+            for byte in header.into_iter().chain(std::iter::repeat(0)) {
+                if agent.write_all(&[byte]).is_err() {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let error = client
+            .wait(&pending, Some(Duration::from_millis(50)))
+            .unwrap_err();
+        assert!(matches!(error, SandboxError::AgentConnection { .. }));
+        drop(client);
+        dripping.join().unwrap();
+    }
+
+    #[test]
+    fn frame_over_the_bound_is_refused_before_anything_is_kept() {
+        let (mut client, mut agent) = pair();
+        let pending = client.send::<Shutdown>(&Empty::default()).unwrap();
+        agent
+            .write_all(&[0xff, 0xff, 0xff, 0xff, 0, 0, 0, 1, 2, 0])
+            .unwrap();
+        let error = client.wait(&pending, Some(CALL_TIMEOUT)).unwrap_err();
+        assert!(matches!(error, SandboxError::AgentProtocol { .. }), "{error}");
+    }
+
+    #[test]
+    fn answers_without_end_to_calls_nobody_made_end_the_connection() {
+        let (mut client, mut agent) = pair();
+        let pending = client.send::<Shutdown>(&Empty::default()).unwrap();
+        let flooding = std::thread::spawn(move || {
+            let frame = encode_response(7, vec![0; 1000]).unwrap();
+            while agent.write_all(&frame).is_ok() {}
+        });
+        assert!(client.wait(&pending, Some(CALL_TIMEOUT)).is_err());
+        drop(client);
+        flooding.join().unwrap();
+    }
+
+    /// Frames as a hostile guest makes them: each part may be right or wrong, and so may the length.
+    fn hostile_frame() -> impl proptest::strategy::Strategy<Value = Vec<u8>> {
+        use proptest::prelude::*;
+        let payload = prop_oneof![
+            proptest::collection::vec(any::<u8>(), 0..200),
+            proptest::collection::vec(any::<u8>(), 0..60)
+                .prop_map(|payload| encode_response(1, payload).unwrap()[HEADER_BYTES..].to_vec()),
+        ];
+        (
+            0_u32..8,
+            0_u8..4,
+            prop_oneof![9 => Just(0_u8), 1 => any::<u8>()],
+            payload,
+            -3_i64..4,
+        )
+            .prop_map(|(stream, kind, flags, payload, lie)| {
+                let length = i64::try_from(payload.len()).unwrap().saturating_add(lie).max(0);
+                let mut frame = u32::try_from(length).unwrap().to_be_bytes().to_vec();
+                frame.extend(stream.to_be_bytes());
+                frame.extend([kind, flags]);
+                frame.extend(payload);
+                frame
+            })
+    }
+
     proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn no_frames_of_a_hostile_agent_hang_or_crash_the_host(
+            frames in proptest::collection::vec(hostile_frame(), 0..20),
+        ) {
+            let (mut client, mut agent) = pair();
+            let stats = agent_protocol::ContainerRef { container_id: "c".into(), ..Default::default() };
+            let first = client.send::<Shutdown>(&Empty::default()).unwrap();
+            let second = client.send::<GetStats>(&stats).unwrap();
+            let third = client.send_connect(false).unwrap();
+            agent.write_all(&frames.concat()).unwrap();
+            drop(agent);
+            let _ = client.wait(&second, Some(CALL_TIMEOUT));
+            let _ = client.wait(&first, Some(CALL_TIMEOUT));
+            let _ = client.finish_connect(&third);
+            // Never more answers than calls.
+            proptest::prop_assert!(client.calls.len() <= 3);
+        }
+
         #[test]
         fn whatever_a_guest_sends_ends_in_an_error_or_an_answer(
             bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..256),

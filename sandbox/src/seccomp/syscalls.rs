@@ -1,5 +1,5 @@
 //! Names and numbers of the system calls of the guest kernel (Linux 6.12), sorted by name, from its own tables
-//! (`arch/x86/entry/syscalls`).
+//! (`arch/x86/entry/syscalls`). Data, not code: long, and nothing to be read from top to bottom.
 
 /// Of 64-bit programs.
 pub(super) const X86_64: [(&str, u32); 375] = [
