@@ -316,6 +316,14 @@ fn read_record(path: &Path) -> Result<Option<ContainerRecord>> {
         })
 }
 
+/// Writes a record over the one before, which needs no space on a full disk: a shorter one is filled up with blanks.
+fn overwrite(path: &Path, mut bytes: Vec<u8>) -> io::Result<()> {
+    let mut file = fs::File::options().write(true).open(path)?;
+    let length = usize::try_from(file.metadata()?.len()).unwrap_or(0);
+    bytes.resize(bytes.len().max(length), b' ');
+    file.write_all(&bytes)
+}
+
 impl Home {
     /// Takes over a lock that another process of ours held and passed on.
     pub(crate) fn inherited(path: PathBuf, dir: OwnedFd) -> Self {
@@ -355,7 +363,14 @@ impl Home {
             }
             fs::rename(&temporary, &path)
         };
-        write().map_err(SandboxError::io("writing", path.clone()))
+        let written = match write() {
+            Err(error) if error.kind() == ErrorKind::StorageFull => {
+                drop(fs::remove_file(&temporary));
+                overwrite(&path, bytes)
+            }
+            written => written,
+        };
+        written.map_err(SandboxError::io("writing", path.clone()))
     }
 
     fn name_link(&self, name: &str) -> PathBuf {
@@ -533,6 +548,18 @@ pub(crate) mod tests {
         let home = world.store.lock(&record.id, Duration::ZERO).unwrap().unwrap();
         home.remove("web").unwrap();
         assert!(world.store.lock(&record.id, Duration::ZERO).unwrap().is_none());
+    }
+
+    #[test]
+    fn record_written_over_a_longer_one_is_whole() {
+        let world = world();
+        let (home, mut record) = create(&world, "web");
+        record.error = Some("a long story ".repeat(20));
+        home.write(&record).unwrap();
+        record.error = None;
+        let bytes = serde_json::to_vec(&record).unwrap();
+        overwrite(&home.path().join(RECORD_FILE), bytes).unwrap();
+        assert_eq!(home.read().unwrap(), Some(record));
     }
 
     #[test]
