@@ -10,7 +10,7 @@ mod devices;
 use crate::{
     arch::x86_64::{
         backend::{self, Backend},
-        boot::{self, BootData, BootError},
+        boot::{self, BootData, BootError, Images},
         cpuid::{CpuidError, CpuidTable},
         msr::{self, MsrError},
         regs::{self, RegsError},
@@ -41,6 +41,7 @@ use crate::{
 use devices::Attached;
 use kvm_ioctls::VcpuFd;
 use std::{
+    fs::File,
     io,
     sync::{
         Arc, Mutex, PoisonError,
@@ -174,23 +175,11 @@ pub fn build(
     let mut start = StartMetrics::default();
     let boot_timer = Arc::new(BootTimer::default());
     let ram = Arc::new(memory::create(spec.memory_mib, spec.huge_pages)?);
-    let (mut kernel, mut initrd) = (spec.kernel, spec.initrd);
-    // Filling memory takes longer than all the rest, and neither needs the other.
-    let (assembled, images) = thread::scope(|scope| {
-        let loader = spawn_beside(scope, "loader", || {
-            let mut watch = Stopwatch(Instant::now());
-            let images = boot::load_images(&ram, &mut kernel, initrd.as_mut());
-            (images, watch.lap_us())
-        })?;
-        if spec.huge_pages {
-            spawn_beside(scope, "populate", || memory::populate_for_boot(&ram))?;
-        }
-        let assembled = assemble(host, &ram, spec.vcpu_count, &mut start, |vm| {
+    let files = (spec.kernel, spec.initrd);
+    let (assembled, images) = fill_and_assemble(&ram, files, spec.huge_pages, &mut start, |start| {
+        assemble(host, &ram, spec.vcpu_count, start, |vm| {
             devices::attach(vm, spec.devices, stop, filters, &boot_timer)
-        });
-        let (images, load_us) = loader.join().map_err(|_| BuildError::LoaderPanicked)?;
-        start.load_kernel_us = load_us;
-        Ok::<_, BuildError>((assembled?, images?))
+        })
     })?;
     let Assembled {
         vm,
@@ -240,6 +229,30 @@ pub fn build(
         unclaimed,
         start,
         _vm: vm,
+    })
+}
+
+/// Loads the images into `ram` beside `assemble`: filling memory takes longer than all the rest, and neither needs the other.
+fn fill_and_assemble(
+    ram: &GuestRam,
+    (mut kernel, mut initrd): (File, Option<File>),
+    huge_pages: bool,
+    start: &mut StartMetrics,
+    assemble: impl FnOnce(&mut StartMetrics) -> Result<Assembled, BuildError>,
+) -> Result<(Assembled, Images), BuildError> {
+    thread::scope(|scope| {
+        let loader = spawn_beside(scope, "loader", || {
+            let mut watch = Stopwatch(Instant::now());
+            let images = boot::load_images(ram, &mut kernel, initrd.as_mut());
+            (images, watch.lap_us())
+        })?;
+        if huge_pages {
+            spawn_beside(scope, "populate", || memory::populate_for_boot(ram))?;
+        }
+        let assembled = assemble(start);
+        let (images, load_us) = loader.join().map_err(|_| BuildError::LoaderPanicked)?;
+        start.load_kernel_us = load_us;
+        Ok((assembled?, images?))
     })
 }
 

@@ -276,6 +276,25 @@ pub(super) fn add_host_user_features(entries: &mut Vec<kvm_cpuid_entry2>) {
     }
 }
 
+/// Caches that have a number: kind as leaf 4 numbers it (1 data, 2 instructions, 3 both), level, KiB, descriptor (SDM, table 3-12).
+const CACHE_DESCRIPTORS: &[(u32, u32, u32, u8)] = &[
+    (1, 1, 16, 0x0d),
+    (1, 1, 24, 0x0e),
+    (1, 1, 32, 0x2c),
+    (2, 1, 32, 0x30),
+    (3, 2, 256, 0x21),
+    (3, 2, 512, 0x80),
+    (3, 2, 1024, 0x87),
+    (3, 2, 2048, 0x7d),
+    (3, 2, 6144, 0x4e),
+    (3, 3, 2048, 0xe2),
+    (3, 3, 4096, 0xe3),
+    (3, 3, 8192, 0xe4),
+    (3, 3, 12288, 0xea),
+    (3, 3, 18432, 0xeb),
+    (3, 3, 24576, 0xec),
+];
+
 /// Describes the caches in leaf 2 by descriptors instead of "see leaf 4" (0xff), on Intel processors.
 ///
 /// glibc asks leaf 2 a dozen times in every program it starts. At 0xff it goes on to walk leaf 4 each time, two or three
@@ -283,24 +302,6 @@ pub(super) fn add_host_user_features(entries: &mut Vec<kvm_cpuid_entry2>) {
 /// who wants exact sizes or the sharing finds them there. Leaf 2 can only name sizes that Intel has given a number; the
 /// largest that isn't too large is taken.
 pub(super) fn describe_caches_by_descriptors(entries: &mut [kvm_cpuid_entry2]) {
-    /// Kind as leaf 4 numbers it (1 data, 2 instructions, 3 both), level, size, descriptor (SDM, table 3-12).
-    const DESCRIPTORS: &[(u32, u32, u32, u8)] = &[
-        (1, 1, 16, 0x0d),
-        (1, 1, 24, 0x0e),
-        (1, 1, 32, 0x2c),
-        (2, 1, 32, 0x30),
-        (3, 2, 256, 0x21),
-        (3, 2, 512, 0x80),
-        (3, 2, 1024, 0x87),
-        (3, 2, 2048, 0x7d),
-        (3, 2, 6144, 0x4e),
-        (3, 3, 2048, 0xe2),
-        (3, 3, 4096, 0xe3),
-        (3, 3, 8192, 0xe4),
-        (3, 3, 12288, 0xea),
-        (3, 3, 18432, 0xeb),
-        (3, 3, 24576, 0xec),
-    ];
     const PREFETCH_64: u8 = 0xf0;
     /// "Genu", as EBX of leaf 0 has it.
     const INTEL: u32 = 0x756e_6547;
@@ -318,7 +319,7 @@ pub(super) fn describe_caches_by_descriptors(entries: &mut [kvm_cpuid_entry2]) {
                 .fold(1u64, |size, less_one| {
                     size.saturating_mul(u64::from(less_one) + 1)
                 });
-            DESCRIPTORS
+            CACHE_DESCRIPTORS
                 .iter()
                 .filter(|(of_kind, of_level, kib, _)| {
                     (*of_kind, *of_level) == (kind, level) && u64::from(*kib) << 10 <= size
