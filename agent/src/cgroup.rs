@@ -143,20 +143,34 @@ pub struct Staging {
 }
 
 impl Staging {
-    /// Stops the container, until this is dropped.
+    /// Begins to stop the container, until this is dropped.
     pub fn begin(container: &Cgroup, name: &str) -> Result<Self, AgentError> {
-        let step =
-            |error: std::io::Error| AgentError::setup("stopping the container for an exec")(io_errno(&error));
         let dir = Path::new(init::CGROUP_DIR).join(format!("staging-{name}"));
-        fs::create_dir(&dir).map_err(step)?;
+        fs::create_dir(&dir).map_err(stopping)?;
         let this = Self {
             own: Cgroup { dir },
             container: Cgroup {
                 dir: container.dir.clone(),
             },
         };
-        this.container.freeze(true).map_err(step)?;
+        this.container.freeze(true).map_err(stopping)?;
         Ok(this)
+    }
+
+    /// Waits until nothing of the container runs any more.
+    pub fn wait_stopped(&self) -> Result<(), AgentError> {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let events = self.container.read("cgroup.events");
+            if keyed(&events, "frozen") != 0 || keyed(&events, "populated") == 0 {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(stopping(Errno::ETIMEDOUT.into()));
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
     }
 
     /// Where the process is to be born.
@@ -167,10 +181,18 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        // Frozen, they start no more while they are moved.
+        // As long as one is left that could start another; frozen, it soon can't.
+        const PATIENCE: Duration = Duration::from_secs(1);
+        let deadline = Instant::now() + PATIENCE;
         let _ = self.own.freeze(true);
-        for pid in self.own.pids() {
-            let _ = fs::write(self.container.dir.join("cgroup.procs"), pid.to_string());
+        loop {
+            let pids = self.own.pids();
+            for pid in &pids {
+                let _ = fs::write(self.container.dir.join("cgroup.procs"), pid.to_string());
+            }
+            if pids.is_empty() || Instant::now() >= deadline {
+                break;
+            }
         }
         let _ = self.container.freeze(false);
         drop(fs::remove_dir(&self.own.dir));
@@ -182,21 +204,12 @@ impl Drop for Staging {
 
 impl Cgroup {
     fn freeze(&self, frozen: bool) -> std::io::Result<()> {
-        const PATIENCE: Duration = Duration::from_secs(2);
-        fs::write(self.dir.join("cgroup.freeze"), if frozen { "1" } else { "0" })?;
-        let deadline = Instant::now() + PATIENCE;
-        while frozen && keyed(&self.read("cgroup.events"), "frozen") == 0 {
-            if keyed(&self.read("cgroup.events"), "populated") == 0 {
-                break;
-            }
-            if Instant::now() >= deadline {
-                fs::write(self.dir.join("cgroup.freeze"), "0")?;
-                return Err(Errno::ETIMEDOUT.into());
-            }
-            std::thread::sleep(Duration::from_micros(200));
-        }
-        Ok(())
+        fs::write(self.dir.join("cgroup.freeze"), if frozen { "1" } else { "0" })
     }
+}
+
+fn stopping(error: std::io::Error) -> AgentError {
+    AgentError::setup("stopping the container for an exec")(io_errno(&error))
 }
 
 /// Unit of /proc/diskstats.

@@ -93,6 +93,8 @@ struct Surroundings {
     devpts: OwnedFd,
     /// Whether its processes may look into others; see [`Staging`].
     traces: bool,
+    /// Held by who stops the container for an exec.
+    stopping: Mutex<()>,
 }
 
 struct Container {
@@ -173,6 +175,7 @@ impl Containers {
             cgroup: cgroup.open()?,
             devpts,
             traces: request.process.capabilities.bounding & CAP_SYS_PTRACE != 0,
+            stopping: Mutex::new(()),
         });
         let process = request.process.take().unwrap_or_default();
         let place = Place::New {
@@ -259,12 +262,7 @@ impl Containers {
         };
         let launched = ends
             .take_streams(&self.streams, container_id, exec_id)
-            .and_then(|connected| {
-                let staging = self.stage(&mut plan, process)?;
-                let launched = process::launch(&plan);
-                drop(staging);
-                Ok((launched?, connected))
-            });
+            .and_then(|connected| Ok((self.launch(&mut plan, process)?, connected)));
         // The process's ends of its streams, so that the process is all who holds them.
         drop(plan);
         match launched {
@@ -280,19 +278,29 @@ impl Containers {
         }
     }
 
-    /// Stops a container that could look into a process that is being made in it.
-    fn stage(&self, plan: &mut Plan, process: &ProcessRef) -> Result<Option<Staging>, AgentError> {
-        if !matches!(plan.place, Place::Join { .. }) {
-            return Ok(None);
+    /// Makes a process; where its container could look into it, while the container stands still.
+    fn launch(&self, plan: &mut Plan, process: &ProcessRef) -> Result<i32, AgentError> {
+        let surroundings = {
+            let mut table = self.lock();
+            Arc::clone(&table.container(&process.container_id)?.surroundings)
+        };
+        if !surroundings.traces || !matches!(plan.place, Place::Join { .. }) {
+            return process::launch(plan);
         }
-        let mut table = self.lock();
-        let container = table.container(&process.container_id)?;
-        if !container.surroundings.traces {
-            return Ok(None);
-        }
-        let staging = Staging::begin(&container.cgroup, &process.exec_id)?;
+        // One at a time, so that none lets the container go on while another still needs it to stand.
+        let alone = surroundings
+            .stopping
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let staging = {
+            let mut table = self.lock();
+            Staging::begin(&table.container(&process.container_id)?.cgroup, &process.exec_id)?
+        };
         plan.cgroup = staging.open()?;
-        Ok(Some(staging))
+        let launched = staging.wait_stopped().and_then(|()| process::launch(plan));
+        drop(staging);
+        drop(alone);
+        launched
     }
 
     /// Enters a started process into the table.
