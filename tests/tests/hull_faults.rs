@@ -317,7 +317,11 @@ fn full_disk_is_reported_and_nothing_half_made_is_kept() {
     }
     assert!(!outcome.stderr.contains("panicked"), "{outcome:?}");
     // What can't be recorded is not started, and leaves nothing in the list.
-    assert_eq!(lines[4..8], ["run 125", "create 125", "0", "run 0"], "{outcome:?}");
+    assert_eq!(
+        lines[4..8],
+        ["run 125", "create 125", "0", "run 0"],
+        "{outcome:?}"
+    );
     assert_eq!(hull.settle(), Vec::<String>::new());
 }
 
