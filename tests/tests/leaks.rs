@@ -25,6 +25,10 @@ fn grown(hull: &Hull, before: &Footprint) -> Vec<String> {
     }
 }
 
+fn own_files() -> usize {
+    open_files(i32::try_from(std::process::id()).expect("pids are small"))
+}
+
 fn run_in_sequence(count: u32) {
     let _alone = alone();
     let Some(hull) = Hull::with_images(&["busybox"]) else {
@@ -34,9 +38,9 @@ fn run_in_sequence(count: u32) {
     assert_eq!(hull.run(&["run", "--rm", "busybox", "true"]).code(), 0);
     assert_eq!(hull.settle(), Vec::<String>::new());
     let before = Footprint::of(&hull);
-    let own = open_files(i32::try_from(std::process::id()).unwrap());
+    let own = own_files();
     for n in 0..count {
-        let code = i32::try_from(n % 100).unwrap();
+        let code = i32::try_from(n % 100).expect("it is small");
         let script = format!("cat; echo {n}; exit {code}");
         let name = format!("run-{n}");
         // Every kind of run by turns: plain, with input, with a name, ended by a failure of its own.
@@ -67,7 +71,7 @@ fn run_in_sequence(count: u32) {
         }
     }
     assert_eq!(grown(&hull, &before), Vec::<String>::new(), "after {count} runs");
-    assert_eq!(open_files(i32::try_from(std::process::id()).unwrap()), own);
+    assert_eq!(own_files(), own);
 }
 
 #[test]
