@@ -30,7 +30,7 @@ use crate::error::AgentError;
 const MAX_DEPTH: usize = 200;
 
 /// Opens a path beneath the container's root.
-pub(self) fn open_beneath(root: impl AsFd, path: &Path, flags: OFlag) -> Result<OwnedFd, Errno> {
+fn open_beneath(root: impl AsFd, path: &Path, flags: OFlag) -> Result<OwnedFd, Errno> {
     let how = OpenHow::new()
         .flags(flags | OFlag::O_CLOEXEC)
         .mode(Mode::empty())
