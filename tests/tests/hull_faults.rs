@@ -138,13 +138,13 @@ fn copied_layout(hull: &Hull, image: &str) -> PathBuf {
     let layout = hull.layout(image);
     let original = layout.trim_start_matches("oci:").trim_end_matches(":latest");
     let copy = hull.temporary_dir().join(image);
-    let real = fs::canonicalize(original).unwrap();
+    let real = fs::canonicalize(original).expect("the test images are built");
     let status = Command::new("cp")
         .arg("-a")
         .arg(real)
         .arg(&copy)
         .status()
-        .unwrap();
+        .expect("cp is there");
     assert!(status.success());
     copy
 }
