@@ -101,7 +101,7 @@ fn what_is_not_in_the_registry_is_named_and_leaves_nothing() {
 fn bad_references_are_refused_in_one_line_with_the_way_out() {
     let Some(world) = World::new(false) else { return };
     for (arguments, says) in [
-        (vec!["pull", "redis"], "HOST[:PORT]/redis"),
+        (vec!["pull", "redis"], "HOST/redis"),
         (vec!["pull", "localhost:1/UPPER"], "lower-case"),
         (vec!["pull", "localhost:1/x"], "localhost:1"),
         (

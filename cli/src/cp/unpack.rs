@@ -120,7 +120,7 @@ fn open_beneath(directory: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, Errno
     openat2(
         directory,
         path,
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
         Mode::empty(),
         ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
     )
