@@ -134,12 +134,9 @@ fn login_is_checked_kept_privately_used_and_forgotten() {
     assert!(!world.auth_file().exists());
 
     let mut login = world.command(&["login", "-u", "hull", "--password-stdin", &host]);
-    let echo = Command::new("echo")
-        .arg("secret")
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .expect("echo starts");
-    login.stdin(echo.stdout.expect("piped"));
+    let password = world.scratch.path().join("password");
+    std::fs::write(&password, "secret\n").expect("our own folder");
+    login.stdin(std::fs::File::open(&password).expect("just written"));
     let login = finish(login.spawn().expect("hull starts"));
     assert_eq!(login.code(), 0, "{login:?}");
     let mode = mode(&world.auth_file());
