@@ -141,15 +141,12 @@ fn parse_options(options: &[String]) -> (MsFlags, MsFlags, String) {
             "bind" => (MsFlags::MS_BIND, MsFlags::empty()),
             "rbind" => (MsFlags::MS_BIND | MsFlags::MS_REC, MsFlags::empty()),
             "defaults" | "async" | "atime" | "diratime" => (MsFlags::empty(), MsFlags::empty()),
-            "private" => {
-                propagation = MsFlags::MS_PRIVATE;
+            "lazytime" => (MsFlags::MS_LAZYTIME, MsFlags::empty()),
+            "silent" | "loud" | "mand" | "nomand" => (MsFlags::empty(), MsFlags::empty()),
+            other if propagation_of(other).is_some() => {
+                propagation = propagation_of(other).unwrap_or(propagation);
                 continue;
             }
-            "rprivate" => {
-                propagation = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
-                continue;
-            }
-            "slave" | "rslave" | "shared" | "rshared" => continue,
             other => {
                 data.push(other);
                 continue;
@@ -159,6 +156,22 @@ fn parse_options(options: &[String]) -> (MsFlags, MsFlags, String) {
         flags &= !clear;
     }
     (flags, propagation, data.join(","))
+}
+
+/// How mounts and unmounts below a mount spread.
+fn propagation_of(option: &str) -> Option<MsFlags> {
+    let (kind, recursive) = match option.strip_prefix('r') {
+        Some(kind) => (kind, MsFlags::MS_REC),
+        None => (option, MsFlags::empty()),
+    };
+    let flag = match kind {
+        "private" => MsFlags::MS_PRIVATE,
+        "slave" => MsFlags::MS_SLAVE,
+        "shared" => MsFlags::MS_SHARED,
+        "unbindable" => MsFlags::MS_UNBINDABLE,
+        _ => return None,
+    };
+    Some(flag | recursive)
 }
 
 fn mount_one(entry: &Mount, all_devices: bool) -> Result<(), Errno> {
@@ -438,6 +451,15 @@ mod tests {
         );
         assert!(propagation.is_empty());
         assert_eq!(data, "mode=1777,size=65536k");
+    }
+
+    #[test]
+    fn propagation_is_set_apart_and_recursive_where_asked() {
+        let (flags, propagation, data) = parse_options(&["rshared", "ro", "rw"].map(String::from));
+        assert_eq!(propagation, MsFlags::MS_SHARED | MsFlags::MS_REC);
+        assert!(flags.is_empty() && data.is_empty());
+        assert_eq!(propagation_of("slave"), Some(MsFlags::MS_SLAVE));
+        assert_eq!(propagation_of("ro"), None);
     }
 
     #[test]

@@ -232,7 +232,7 @@ pub(super) mod machine {
 
     /// What the program says of a call.
     pub(crate) fn run(program: &[Instruction], architecture: u32, number: u32, arguments: [u64; 6]) -> u32 {
-        let mut data = vec![0_u8; 64];
+        let mut data = [0_u8; 64];
         data[..4].copy_from_slice(&number.to_le_bytes());
         data[4..8].copy_from_slice(&architecture.to_le_bytes());
         for (index, argument) in arguments.iter().enumerate() {
