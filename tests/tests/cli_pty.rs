@@ -58,6 +58,7 @@ fn colours_arrive_and_the_terminal_is_named() {
     terminal.expect("\x1b[31mred\x1b[0m\r\n");
     terminal.expect("term=xterm");
     terminal.expect("/dev/pts/0\r\n");
+    terminal.expect(PROMPT);
     terminal.send("\x04");
     assert_eq!(terminal.wait().code(), Some(0), "{}", terminal.screen());
 }
