@@ -22,12 +22,12 @@ fn state(hull: &Hull, name: &str) -> String {
 
 /// Reads a child's stdout until it says something.
 fn read_until(child: &mut Child, expected: &str) {
-    let stdout = child.stdout.as_mut().unwrap();
+    let stdout = child.stdout.as_mut().expect("piped");
     let mut got = Vec::new();
     let mut byte = [0];
     while !String::from_utf8_lossy(&got).contains(expected) {
         assert_eq!(
-            stdout.read(&mut byte).unwrap(),
+            stdout.read(&mut byte).expect("a pipe can be read"),
             1,
             "ended after {:?}",
             String::from_utf8_lossy(&got)
@@ -147,10 +147,7 @@ fn container_that_removes_itself_ends_with_its_reader() {
     let Some(hull) = Hull::with_images(&["busybox"]) else {
         return;
     };
-    let mut child = hull
-        .command(&["run", "--rm", "busybox", "yes"])
-        .spawn()
-        .unwrap();
+    let mut child = hull.command(&["run", "--rm", "busybox", "yes"]).spawn().unwrap();
     read_until(&mut child, "y\ny\n");
     drop(child.stdout.take());
     assert!(wait_for(&mut child, SOON).is_some());

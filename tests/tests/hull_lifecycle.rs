@@ -30,9 +30,9 @@ fn home(hull: &Hull, id: &str) -> PathBuf {
 }
 
 fn log_lines(hull: &Hull, id: &str) -> Vec<serde_json::Value> {
-    let text = fs::read_to_string(home(hull, id).join("container.log")).unwrap();
+    let text = fs::read_to_string(home(hull, id).join("container.log")).expect("a log");
     text.lines()
-        .map(|line| serde_json::from_str(line).unwrap())
+        .map(|line| serde_json::from_str(line).expect("a line of JSON"))
         .collect()
 }
 
