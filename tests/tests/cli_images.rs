@@ -1,6 +1,6 @@
 //! Images and containers looked at and removed: `image …`, `inspect`, `prune`, `--format`.
 
-use hull_tests::hull::{Hull, Outcome};
+use hull_tests::hull::{Hull, Outcome, finish};
 use serde_json::Value;
 
 fn one_line(outcome: &Outcome) -> &str {
@@ -165,4 +165,29 @@ fn figures_of_a_running_container_are_shown_and_without_a_terminal_only_once() {
     assert!(hull.run(&["top"]).text().starts_with("NAME"));
     assert_eq!(hull.run(&["rm", "-f", "busy"]).code(), 0);
     assert_eq!(hull.settle(), Vec::<String>::new());
+}
+
+#[test]
+fn shells_complete_verbs_and_names() {
+    let Some(hull) = Hull::with_images(&["busybox"]) else {
+        return;
+    };
+    for shell in ["bash", "zsh", "fish"] {
+        let script = hull.run(&["completion", shell]);
+        assert!(script.code() == 0 && script.text().contains("hull"), "{script:?}");
+    }
+    assert_eq!(hull.run(&["create", "--name", "completed", "busybox"]).code(), 0);
+    // What the script of bash asks for when the tabulator is pressed after these words.
+    let answers = |words: &[&str]| {
+        let mut command = hull.command(&[&["--", "hull"], words].concat());
+        command
+            .env("COMPLETE", "bash")
+            .env("_CLAP_IFS", "\n")
+            .env("_CLAP_COMPLETE_INDEX", words.len().to_string());
+        finish(command.spawn().expect("hull starts")).text()
+    };
+    assert_eq!(answers(&["rena"]), "rename");
+    assert_eq!(answers(&["logs", "comp"]), "completed");
+    assert_eq!(answers(&["image", "inspect", "bus"]), "busybox:latest");
+    assert_eq!(answers(&["logs", "--foll"]), "--follow");
 }

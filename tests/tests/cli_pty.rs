@@ -217,3 +217,24 @@ fn exec_has_a_terminal_of_its_own() {
     assert_eq!(hull.run(&["rm", "-f", "host"]).code(), 0);
     assert_eq!(hull.settle(), Vec::<String>::new());
 }
+
+#[test]
+fn live_view_shows_microvms_and_leaves_the_terminal_as_it_was() {
+    let Some(hull) = Hull::with_images(&["busybox"]) else {
+        return;
+    };
+    let started = hull.run(&["run", "-d", "--rm", "--name", "seen", "busybox", "sleep", "1000"]);
+    assert_eq!(started.code(), 0, "{started:?}");
+    let mut terminal = Terminal::spawn(&hull.command(&["top"]));
+    // The alternate screen, then the container's line.
+    terminal.expect("\x1b[?1049h");
+    terminal.expect("seen");
+    assert!(!terminal.is_cooked(), "keys would wait for the end of a line");
+    terminal.resize(10, 20);
+    terminal.send("mrq");
+    assert_eq!(terminal.wait().code(), Some(0), "{}", terminal.screen());
+    terminal.expect("\x1b[?1049l");
+    assert!(terminal.is_cooked(), "raw mode was left on");
+    assert_eq!(hull.run(&["rm", "-f", "seen"]).code(), 0);
+    assert_eq!(hull.settle(), Vec::<String>::new());
+}

@@ -26,6 +26,33 @@ const FIRST_INTERVAL: Duration = Duration::from_millis(400);
 /// How often this thread wakes up to see whether there are new figures.
 const TICK: Duration = Duration::from_millis(250);
 
+/// Of the columns of [`HEADER`]; the name takes what is left.
+const WIDTHS: [Constraint; 10] = [
+    Constraint::Min(12),
+    Constraint::Length(8),
+    Constraint::Length(7),
+    Constraint::Length(7),
+    Constraint::Length(9),
+    Constraint::Length(10),
+    Constraint::Length(7),
+    Constraint::Length(7),
+    Constraint::Length(6),
+    Constraint::Length(8),
+];
+
+/// The columns a terminal has room for, the name always among them.
+fn columns(width: u16) -> Vec<usize> {
+    let dropped: &[usize] = match width {
+        100.. => &[],
+        80.. => &[1],
+        60.. => &[1, 6, 7],
+        _ => &[1, 3, 4, 6, 7, 9],
+    };
+    (0..HEADER.len())
+        .filter(|column| !dropped.contains(column))
+        .collect()
+}
+
 /// What is on the screen.
 struct View {
     rows: Vec<Row>,
@@ -157,7 +184,7 @@ impl View {
         let cpu = self.rows.iter().fold(0.0, |sum, row| sum + row.cpu_percent);
         let sum = |of: fn(&Row) -> u64| self.rows.iter().map(of).fold(0, u64::saturating_add);
         format!(
-            "{} microVMs, {running} running   CPU {cpu:.1}%   memory given {}, taken of this host {}",
+            "{} microVMs, {running} running   CPU {cpu:.1}%   memory: {} given, {} taken",
             self.rows.len(),
             binary_size(sum(|row| row.memory_given_bytes)),
             binary_size(sum(|row| row.host_memory_bytes)),
@@ -173,28 +200,26 @@ impl View {
             .as_ref()
             .map_or_else(|| self.summary(), |error| format!("hull: {error}"));
         frame.render_widget(Line::from(text), summary);
-        let header = TableRow::new(HEADER.iter().enumerate().map(|(index, name)| {
-            let arrow = match (index == self.sort.column(), self.reverse) {
+        let columns = columns(table.width);
+        let header = TableRow::new(columns.iter().map(|column| {
+            let arrow = match (*column == self.sort.column(), self.reverse) {
                 (false, _) => "",
                 (true, false) => " ▼",
                 (true, true) => " ▲",
             };
-            Cell::from(format!("{name}{arrow}"))
+            Cell::from(format!("{}{arrow}", HEADER[*column]))
         }))
         .style(Style::new().add_modifier(Modifier::REVERSED));
-        let rows = self.rows.iter().map(|row| TableRow::new(row.cells()));
-        let widths = [
-            Constraint::Fill(1),
-            Constraint::Length(8),
-            Constraint::Length(8),
-            Constraint::Length(9),
-            Constraint::Length(9),
-            Constraint::Length(11),
-            Constraint::Length(8),
-            Constraint::Length(8),
-            Constraint::Length(7),
-            Constraint::Length(9),
-        ];
+        let rows = self.rows.iter().map(|row| {
+            let cells = row.cells();
+            TableRow::new(
+                columns
+                    .iter()
+                    .map(|column| cells[*column].clone())
+                    .collect::<Vec<_>>(),
+            )
+        });
+        let widths = columns.iter().map(|column| WIDTHS[*column]);
         let widget = Table::new(rows, widths)
             .header(header)
             .row_highlight_style(Style::new().add_modifier(Modifier::BOLD | Modifier::UNDERLINED));
@@ -232,7 +257,7 @@ mod tests {
         view.rows = vec![row("cache", 12.5, 30 << 20), row("web", 1.0, 10 << 20)];
         let text = drawn(&mut view, 110);
         assert!(text.contains("2 microVMs, 2 running   CPU 13.5%"), "{text}");
-        assert!(text.contains("taken of this host 40MiB"), "{text}");
+        assert!(text.contains("1GiB given, 40MiB taken"), "{text}");
         assert!(text.contains("CPU % ▼") && text.contains("cache"), "{text}");
     }
 
@@ -240,8 +265,12 @@ mod tests {
     fn narrow_terminal_is_drawn_on_as_well() {
         let mut view = View::new();
         view.rows = vec![row("cache", 12.5, 1)];
-        for width in [1, 10, 40] {
+        for width in [1, 10] {
             drawn(&mut view, width);
+        }
+        for width in [40, 60, 80, 99, 100] {
+            let text = drawn(&mut view, width);
+            assert!(text.contains("cache") && text.contains("12.5"), "{width}: {text}");
         }
     }
 
