@@ -15,6 +15,24 @@ use tempfile::TempDir;
 
 use crate::world::succeed;
 
+/// What docker lets a container's root do, as our containers' may.
+const CAPABILITIES: &[&str] = &[
+    "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_MKNOD",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_RAW",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+];
+
 /// Take a mount namespace of our own; to be called while there is one thread. Controllers of the hybrid hierarchy that nobody has
 /// mounted are mounted in it, as crun refuses to run without.
 ///
@@ -126,6 +144,13 @@ impl Bundle {
         config["process"]["terminal"] = json!(false);
         config["process"]["args"] = json!(arguments);
         config["root"] = json!({ "path": "root", "readonly": false });
+        let held = if config["process"]["user"]["uid"] == json!(0) {
+            CAPABILITIES
+        } else {
+            &[]
+        };
+        config["process"]["capabilities"] =
+            json!({ "bounding": CAPABILITIES, "effective": held, "permitted": held });
         fs::write(&path, config.to_string()).with_context(|| format!("cannot write {}", path.display()))
     }
 
