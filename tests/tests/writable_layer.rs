@@ -3,8 +3,11 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use hull_tests::hull::{Hull, Outcome};
+use hull_tests::hull::{Hull, Outcome, eventually};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
 
 /// Where the only container's layer is.
 fn layer(hull: &Hull) -> PathBuf {
@@ -66,5 +69,80 @@ fn the_size_is_a_quota_and_deleted_files_are_given_back() {
     let outcome = shell(&hull, "small", "1m", "true");
     assert_ne!(outcome.code(), 0);
     assert!(outcome.stderr.contains("--storage-opt size="), "{outcome:?}");
+    assert_eq!(hull.settle(), Vec::<String>::new());
+}
+
+/// A disk of its own for everything a world keeps, seen by this thread and what it starts only.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(at: &Path, size: &str) -> Self {
+        unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+        let none: Option<&str> = None;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("private mounts");
+        fs::create_dir_all(at).expect("directory");
+        let options = format!("size={size}");
+        mount(
+            Some("tmpfs"),
+            at,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            Some(options.as_str()),
+        )
+        .expect("tmpfs");
+        Self(at.to_path_buf())
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Else the temporary folder around it can't go.
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn a_full_disk_of_the_host_is_an_error_inside_and_no_more() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: a small disk needs root");
+        return;
+    }
+    let Some(hull) = Hull::with_images(&[]) else {
+        return;
+    };
+    let disk = SmallDisk::mount(&hull.store_dir(), "100m");
+    let outcome = hull.run(&["import", &hull.layout("busybox"), "busybox"]);
+    assert_eq!(outcome.code(), 0, "{outcome:?}");
+    // More than the host has, but not more than the container was promised.
+    let script = "dd if=/dev/zero of=/big bs=1M count=300 conv=fsync; echo wrote: $?; exit 9";
+    let outcome = shell(&hull, "greedy", "1g", script);
+    assert_eq!(outcome.code(), 9, "the container itself goes on: {outcome:?}");
+    assert!(outcome.text().contains("wrote: 1"), "{outcome:?}");
+    // Everything else works as ever, and what it took can be had back.
+    let outcome = hull.run(&["ps", "-a", "--format", "{{.Names}}"]);
+    assert_eq!(
+        (outcome.code(), outcome.text().as_str()),
+        (0, "greedy"),
+        "{outcome:?}"
+    );
+    let outcome = hull.run(&["rm", "greedy"]);
+    assert_eq!(outcome.code(), 0, "{outcome:?}");
+    // Its VMM may still be closing the file.
+    let has_space = || {
+        let status = nix::sys::statvfs::statvfs(&disk.0).expect("statvfs");
+        status.blocks_available() * status.fragment_size() > 90 << 20
+    };
+    assert!(
+        eventually(Duration::from_secs(20), has_space),
+        "the space isn't given back"
+    );
+    let outcome = shell(&hull, "modest", "64m", "echo fine > /file; sync; cat /file");
+    assert_eq!(
+        (outcome.code(), outcome.text().as_str()),
+        (0, "fine"),
+        "{outcome:?}"
+    );
+    assert_eq!(hull.run(&["rm", "modest"]).code(), 0);
+    drop(disk);
     assert_eq!(hull.settle(), Vec::<String>::new());
 }
