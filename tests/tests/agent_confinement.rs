@@ -14,7 +14,7 @@ const IMAGE: &str = "debian-minimal";
 
 /// Runs a script with the probe at /tmp/probe.
 fn probes(hull: &Hull, options: &[&str], script: &str) -> String {
-    let probe = std::fs::read(env!("CARGO_BIN_EXE_container_probe")).unwrap();
+    let probe = std::fs::read(env!("CARGO_BIN_EXE_container_probe")).expect("as this test set it up");
     let script = format!("cat > /tmp/probe && chmod 755 /tmp/probe && {script}");
     let mut arguments = vec!["run", "--rm", "-i"];
     arguments.extend(options);
@@ -107,7 +107,7 @@ fn profile_of_a_file_is_followed_and_an_exec_has_it_too() {
         &path,
         r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 28}]}"#,
     )
-    .unwrap();
+    .expect("as this test set it up");
     let option = format!("seccomp={}", path.display());
     let refused = shell(&hull, &["--security-opt", &option], "mkdir /x");
     assert!(refused.stderr.contains("No space left"), "{refused:?}");
@@ -182,7 +182,7 @@ fn process_that_is_being_made_shows_nothing_of_the_agent() {
     // Between its birth in the container and its program an exec's process has the agent's memory.
     for options in [&["--cap-add", "SYS_PTRACE"][..], &["--privileged"]] {
         let mut child = sleeping(&hull, "watched", options);
-        let probe = std::fs::read(env!("CARGO_BIN_EXE_container_probe")).unwrap();
+        let probe = std::fs::read(env!("CARGO_BIN_EXE_container_probe")).expect("as this test set it up");
         let put = hull.run_with_input(
             &[
                 "exec",
@@ -198,7 +198,7 @@ fn process_that_is_being_made_shows_nothing_of_the_agent() {
         let watcher = hull
             .command(&["exec", "watched", "/tmp/probe", "trace"])
             .spawn()
-            .unwrap();
+            .expect("as this test set it up");
         for _ in 0..30 {
             assert_eq!(hull.run(&["exec", "watched", "/bin/true"]).code(), 0);
         }
@@ -263,11 +263,11 @@ fn sleeping(hull: &Hull, name: &str, options: &[&str]) -> Child {
     let mut arguments = vec!["run", "--rm", "--name", name];
     arguments.extend(options);
     arguments.extend([IMAGE, "/bin/sh", "-c", "echo up; exec sleep 1000"]);
-    let mut child = hull.command(&arguments).spawn().unwrap();
+    let mut child = hull.command(&arguments).spawn().expect("as this test set it up");
     let mut line = String::new();
-    BufReader::new(child.stdout.as_mut().unwrap())
+    BufReader::new(child.stdout.as_mut().expect("as this test set it up"))
         .read_line(&mut line)
-        .unwrap();
+        .expect("as this test set it up");
     assert_eq!(line, "up\n");
     child
 }
@@ -275,7 +275,10 @@ fn sleeping(hull: &Hull, name: &str, options: &[&str]) -> Child {
 fn end(hull: &Hull, child: &mut Child, name: &str) {
     hull.run(&["kill", name]);
     assert!(
-        eventually(Duration::from_secs(60), || child.try_wait().unwrap().is_some()),
+        eventually(Duration::from_secs(60), || child
+            .try_wait()
+            .expect("as this test set it up")
+            .is_some()),
         "{name} does not end"
     );
 }
@@ -292,7 +295,7 @@ fn exec_has_the_containers_confinement_and_takes_no_more() {
     let outcome = finish(
         hull.command(&["exec", "confined", "/bin/sh", "-c", &script])
             .spawn()
-            .unwrap(),
+            .expect("as this test set it up"),
     );
     let said = outcome.text();
     assert!(

@@ -55,10 +55,10 @@ fn field(number: u8, bytes: &[u8]) -> Vec<u8> {
     let mut encoded = vec![number << 3 | 2];
     let mut length = bytes.len();
     while length >= 0x80 {
-        encoded.push(u8::try_from(length & 0x7f).unwrap() | 0x80);
+        encoded.push(u8::try_from(length & 0x7f).expect("as this test set it up") | 0x80);
         length >>= 7;
     }
-    encoded.push(u8::try_from(length).unwrap());
+    encoded.push(u8::try_from(length).expect("as this test set it up"));
     encoded.extend(bytes);
     encoded
 }
@@ -73,7 +73,10 @@ fn request(method: &str, payload: &[u8]) -> Vec<u8> {
 }
 
 fn frame(stream: u32, kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
-    let mut frame = u32::try_from(payload.len()).unwrap().to_be_bytes().to_vec();
+    let mut frame = u32::try_from(payload.len())
+        .expect("as this test set it up")
+        .to_be_bytes()
+        .to_vec();
     frame.extend(stream.to_be_bytes());
     frame.extend([kind, flags]);
     frame.extend(payload);
@@ -87,8 +90,9 @@ fn hello() -> Vec<u8> {
 
 /// Something wrong, seldom something right.
 fn nasty(numbers: &mut Numbers, container: &str) -> Vec<u8> {
-    let method = METHODS[usize::try_from(numbers.below(METHODS.len() as u64)).unwrap()];
-    let stream = u32::try_from(numbers.below(9)).unwrap();
+    let method =
+        METHODS[usize::try_from(numbers.below(METHODS.len() as u64)).expect("as this test set it up")];
+    let stream = u32::try_from(numbers.below(9)).expect("as this test set it up");
     match numbers.below(9) {
         0 => numbers.bytes(200),
         // A frame that announces more than any may have.
@@ -100,8 +104,8 @@ fn nasty(numbers: &mut Numbers, container: &str) -> Vec<u8> {
             .collect(),
         3 => frame(
             stream,
-            u8::try_from(numbers.below(256)).unwrap(),
-            u8::try_from(numbers.below(4)).unwrap(),
+            u8::try_from(numbers.below(256)).expect("as this test set it up"),
+            u8::try_from(numbers.below(4)).expect("as this test set it up"),
             &numbers.bytes(99),
         ),
         4 => frame(stream, 1, 0, &numbers.bytes(300)),
@@ -121,23 +125,28 @@ fn nasty(numbers: &mut Numbers, container: &str) -> Vec<u8> {
         // A length in protobuf that is a lie.
         _ => {
             let mut payload = request(method, &field(1, container.as_bytes()));
-            let at = usize::try_from(numbers.below(payload.len() as u64)).unwrap();
-            payload[at] = payload[at].wrapping_add(u8::try_from(numbers.below(255)).unwrap() + 1);
+            let at = usize::try_from(numbers.below(payload.len() as u64)).expect("as this test set it up");
+            payload[at] = payload[at]
+                .wrapping_add(u8::try_from(numbers.below(255)).expect("as this test set it up") + 1);
             frame(stream, 1, 0, &payload)
         }
     }
 }
 
 fn connect(socket: &PathBuf, port: u32) -> UnixStream {
-    let mut stream = UnixStream::connect(socket).unwrap();
-    writeln!(stream, "CONNECT {port}").unwrap();
+    let mut stream = UnixStream::connect(socket).expect("as this test set it up");
+    writeln!(stream, "CONNECT {port}").expect("as this test set it up");
     let mut answer = String::new();
-    BufReader::new(stream.try_clone().unwrap())
+    BufReader::new(stream.try_clone().expect("as this test set it up"))
         .read_line(&mut answer)
-        .unwrap();
+        .expect("as this test set it up");
     assert!(answer.starts_with("OK "), "{answer:?}");
-    stream.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
-    stream.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_millis(20)))
+        .expect("as this test set it up");
+    stream
+        .set_write_timeout(Some(Duration::from_secs(20)))
+        .expect("as this test set it up");
     stream
 }
 
@@ -180,7 +189,7 @@ fn no_sequence_of_frames_harms_the_agent() {
     for _ in 0..60 {
         let mut stream = connect(&socket, RPC_PORT);
         if numbers.below(4) > 0 {
-            stream.write_all(&hello()).unwrap();
+            stream.write_all(&hello()).expect("as this test set it up");
         }
         for _ in 0..numbers.below(30) {
             // It may end the connection, by right.
@@ -220,7 +229,7 @@ fn connections_that_stall_hold_up_nobody() {
         } else {
             &[0, 0x3f, 0, 0, 0, 0, 0, 1, 1, 0, 7]
         };
-        stream.write_all(part).unwrap();
+        stream.write_all(part).expect("as this test set it up");
     }
     still_serves(&hull);
     drop(held);
@@ -239,6 +248,6 @@ fn agent_is_static_and_small() {
         return;
     };
     // The image holds the agent and six empty directories.
-    let bytes = std::fs::metadata(image).unwrap().len();
+    let bytes = std::fs::metadata(image).expect("as this test set it up").len();
     assert!(bytes < 3 << 20, "{bytes} bytes");
 }

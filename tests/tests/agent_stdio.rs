@@ -11,14 +11,14 @@ const GIB_IN_BLOCKS: u64 = 1024;
 /// Writes a GiB no two pages of which are alike to all of the writers.
 fn write_gigabyte(writers: &mut [&mut dyn Write]) {
     let mut block: Vec<u8> = (0..BLOCK_BYTES)
-        .map(|at| u8::try_from(at * 7 % 251).unwrap())
+        .map(|at| u8::try_from(at * 7 % 251).expect("as this test set it up"))
         .collect();
     for index in 0..GIB_IN_BLOCKS {
         for (page, bytes) in (0_u64..).zip(block.chunks_mut(4096)) {
             bytes[..8].copy_from_slice(&(index << 32 | page).to_le_bytes());
         }
         for writer in &mut *writers {
-            writer.write_all(&block).unwrap();
+            writer.write_all(&block).expect("as this test set it up");
         }
     }
 }
@@ -29,12 +29,18 @@ fn digester() -> Child {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
-        .unwrap()
+        .expect("as this test set it up")
 }
 
 fn digest(mut digester: Child) -> String {
     drop(digester.stdin.take());
-    String::from_utf8(digester.wait_with_output().unwrap().stdout).unwrap()
+    String::from_utf8(
+        digester
+            .wait_with_output()
+            .expect("as this test set it up")
+            .stdout,
+    )
+    .expect("as this test set it up")
 }
 
 #[test]
@@ -46,9 +52,12 @@ fn gigabyte_arrives_intact_through_stdin() {
         .command(&["run", "--rm", "-i", "busybox", "sha256sum"])
         .stdin(Stdio::piped())
         .spawn()
-        .unwrap();
+        .expect("as this test set it up");
     let mut here = digester();
-    write_gigabyte(&mut [&mut child.stdin.take().unwrap(), here.stdin.as_mut().unwrap()]);
+    write_gigabyte(&mut [
+        &mut child.stdin.take().expect("as this test set it up"),
+        here.stdin.as_mut().expect("as this test set it up"),
+    ]);
     let outcome = hull_tests::hull::finish(child);
     assert_eq!(outcome.text().trim_end(), digest(here).trim_end(), "{outcome:?}");
 }
@@ -65,29 +74,32 @@ fn gigabyte_comes_back_intact_through_stdout_while_stderr_talks() {
         .command(&["run", "--rm", "-i", "busybox", "/bin/sh", "-c", &script])
         .stdin(Stdio::piped())
         .spawn()
-        .unwrap();
-    let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        .expect("as this test set it up");
+    let (mut stdin, mut stdout) = (
+        child.stdin.take().expect("as this test set it up"),
+        child.stdout.take().expect("as this test set it up"),
+    );
     let writer = std::thread::spawn(move || {
         let mut sent = digester();
-        write_gigabyte(&mut [&mut stdin, sent.stdin.as_mut().unwrap()]);
+        write_gigabyte(&mut [&mut stdin, sent.stdin.as_mut().expect("as this test set it up")]);
         drop(stdin);
         digest(sent)
     });
     let mut received = digester();
     let mut buffer = vec![0; BLOCK_BYTES];
     loop {
-        let length = stdout.read(&mut buffer).unwrap();
+        let length = stdout.read(&mut buffer).expect("as this test set it up");
         if length == 0 {
             break;
         }
         received
             .stdin
             .as_mut()
-            .unwrap()
+            .expect("as this test set it up")
             .write_all(&buffer[..length])
-            .unwrap();
+            .expect("as this test set it up");
     }
-    assert_eq!(digest(received), writer.join().unwrap());
+    assert_eq!(digest(received), writer.join().expect("as this test set it up"));
     let outcome = hull_tests::hull::finish(child);
     let lines: Vec<&str> = outcome.stderr.lines().collect();
     assert_eq!((lines.len(), lines[0], lines[300]), (301, "line 0", "end"));

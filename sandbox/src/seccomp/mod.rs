@@ -132,13 +132,33 @@ mod tests {
         let profile = default_profile::profile(DEFAULT_CAPABILITIES);
         let verdict = |name, arguments| verdict(&profile, name, arguments);
         for name in [
-            "read", "execve", "chroot", "ptrace", "memfd_create", "mknod", "setuid", "statx", "fork",
+            "read",
+            "execve",
+            "chroot",
+            "ptrace",
+            "memfd_create",
+            "mknod",
+            "setuid",
+            "statx",
+            "fork",
         ] {
             assert_eq!(verdict(name, [0; 6]), action::ALLOW, "{name}");
         }
         for name in [
-            "mount", "bpf", "setns", "unshare", "kexec_load", "keyctl", "io_uring_setup", "reboot",
-            "init_module", "open_by_handle_at", "perf_event_open", "swapon", "clock_settime", "userfaultfd",
+            "mount",
+            "bpf",
+            "setns",
+            "unshare",
+            "kexec_load",
+            "keyctl",
+            "io_uring_setup",
+            "reboot",
+            "init_module",
+            "open_by_handle_at",
+            "perf_event_open",
+            "swapon",
+            "clock_settime",
+            "userfaultfd",
         ] {
             assert_eq!(verdict(name, [0; 6]), EPERM, "{name}");
         }
@@ -171,9 +191,16 @@ mod tests {
     fn unknown_calls_look_as_on_an_older_kernel_and_other_architectures_are_refused() {
         let program = default_profile::profile(0).compile();
         for number in [463, 5000, 0x4000_0000] {
-            assert_eq!(machine::run(&program, AUDIT_ARCH_X86_64, number, [0; 6]), ENOSYS, "{number}");
+            assert_eq!(
+                machine::run(&program, AUDIT_ARCH_X86_64, number, [0; 6]),
+                ENOSYS,
+                "{number}"
+            );
         }
-        assert_eq!(machine::run(&program, 0xc000_00b7, 0, [0; 6]), action::KILL_PROCESS);
+        assert_eq!(
+            machine::run(&program, 0xc000_00b7, 0, [0; 6]),
+            action::KILL_PROCESS
+        );
         // 32-bit: read is 3, mount is 21.
         assert_eq!(machine::run(&program, AUDIT_ARCH_I386, 3, [0; 6]), action::ALLOW);
         assert_eq!(machine::run(&program, AUDIT_ARCH_I386, 21, [0; 6]), EPERM);
@@ -183,7 +210,11 @@ mod tests {
     fn default_profile_is_one_short_program() {
         let programs = programs(&SeccompSpec::Default, DEFAULT_CAPABILITIES).unwrap();
         assert_eq!(programs.len(), 1);
-        assert!(programs[0].len() / 8 < 600, "{} instructions", programs[0].len() / 8);
+        assert!(
+            programs[0].len() / 8 < 600,
+            "{} instructions",
+            programs[0].len() / 8
+        );
     }
 
     #[test]
@@ -220,10 +251,7 @@ mod tests {
                     "args": [{"index": 6, "value": 0, "op": "SCMP_CMP_EQ"}]}]}"#,
                 "index",
             ),
-            (
-                r#"{"defaultAction": "SCMP_ACT_NOTIFY"}"#,
-                "SCMP_ACT_NOTIFY",
-            ),
+            (r#"{"defaultAction": "SCMP_ACT_NOTIFY"}"#, "SCMP_ACT_NOTIFY"),
         ] {
             let error = programs(&SeccompSpec::Profile(text.into()), 0).unwrap_err();
             assert!(error.to_string().contains(word), "{error}");
