@@ -48,6 +48,22 @@ pub struct Hull {
     root: TempDir,
 }
 
+/// A test that fails, or leaves containers on purpose, leaves no process behind.
+impl Drop for Hull {
+    fn drop(&mut self) {
+        let Ok(listed) = self.command(&["ps", "--all", "--quiet"]).output() else {
+            return;
+        };
+        let ids = String::from_utf8_lossy(&listed.stdout).into_owned();
+        let ids: Vec<&str> = ids.split_whitespace().collect();
+        if !ids.is_empty() {
+            let mut arguments = vec!["rm", "--force"];
+            arguments.extend(ids);
+            drop(self.command(&arguments).output());
+        }
+    }
+}
+
 /// Whether this machine can boot a microVM and the products were built; says why where not.
 ///
 /// # Panics
