@@ -61,8 +61,8 @@ postgres_keeps_its_books() {
 	while running; do
 		$bench "$bin/pgbench" -c 4 -j 2 -T 5 -n >/tmp/pgbench 2>&1 || fail postgres "$(tail -2 /tmp/pgbench)"
 		sums=$($bench "$bin/psql" -Atc 'select (select sum(abalance) from pgbench_accounts) = (select sum(bbalance) from pgbench_branches)
-			and (select sum(tbalance) from pgbench_tellers) = (select sum(delta) from pgbench_history)
-			and (select sum(abalance) from pgbench_accounts) = (select sum(delta) from pgbench_history)' 2>/tmp/psql)
+			and (select sum(tbalance) from pgbench_tellers) = (select coalesce(sum(delta), 0) from pgbench_history)
+			and (select sum(abalance) from pgbench_accounts) = (select coalesce(sum(delta), 0) from pgbench_history)' 2>/tmp/psql)
 		case $sums in
 		t) ;;
 		f) fail postgres 'the balances differ' ;;
