@@ -366,7 +366,11 @@ impl Home {
         let written = match write() {
             Err(error) if error.kind() == ErrorKind::StorageFull => {
                 drop(fs::remove_file(&temporary));
-                overwrite(&path, bytes)
+                // A record that was never written can't be written over: then the full disk is the reason.
+                overwrite(&path, bytes).map_err(|second| match second.kind() {
+                    ErrorKind::NotFound => error,
+                    _ => second,
+                })
             }
             written => written,
         };

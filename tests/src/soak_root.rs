@@ -40,10 +40,23 @@ pub fn image() -> Result<PathBuf> {
             SUITE,
         ])
         .arg(&tree)
-        .arg("/etc/apt/sources.list.d/debian.sources"))
+        .args(package_sources()))
     .context("the soak's root file system comes from Debian packages")?;
     let new = staging.path().join("image");
     run(Command::new("mkfs.erofs").arg("--quiet").arg(&new).arg(&tree))?;
     fs::rename(&new, &image)?;
     Ok(image)
+}
+
+/// The machine's own files of package sources that are about the suite, in either of apt's formats.
+fn package_sources() -> Vec<PathBuf> {
+    let listed = fs::read_dir("/etc/apt/sources.list.d").into_iter().flatten();
+    let parts = listed.flatten().map(|entry| entry.path()).filter(|path| {
+        path.extension()
+            .is_some_and(|format| format == "list" || format == "sources")
+    });
+    std::iter::once(PathBuf::from("/etc/apt/sources.list"))
+        .chain(parts)
+        .filter(|path| fs::read_to_string(path).is_ok_and(|text| text.contains(SUITE)))
+        .collect()
 }

@@ -97,6 +97,8 @@ pub(super) fn layers(
                 ticked = Instant::now();
             }
         }
+        // However quick it was: the end is seen.
+        blobs.tell(progress);
     });
     work.result()
 }
