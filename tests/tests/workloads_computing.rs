@@ -42,7 +42,7 @@ fn busybox_applets_do_what_they_do_under_runc() {
         echo hello | cpio -o -H newc 2>/dev/null | wc -c; find tree -name numbers | cpio -o -H newc 2>/dev/null | cpio -t 2>/dev/null
         vi --help 2>&1 | head -n 1 | grep -c BusyBox; ash -c 'echo $((0x7fffffff + 1))'; expr 17 \* 3
         mkdir www; echo page >www/index.html; httpd -p 127.0.0.1:8080 -h www; wget -q -O - http://127.0.0.1:8080/; killall httpd
-        (echo ping | nc -l -p 9999 -w 5 >got &) ; sleep 0.3; echo pong | nc -w 2 127.0.0.1 9999; cat got
+        (echo ping | nc -l -p 9999 -w 5 >got) & server=$!; sleep 0.3; echo pong | nc -w 2 127.0.0.1 9999; wait $server; cat got
         id -u; hostname | wc -l; cat /proc/self/cgroup | wc -l | awk '{ print ($1 > 0) }'; ps | grep -c '[s]h'  | awk '{ print ($1 > 0) }'
     "#;
     same_in_both("busybox", &["/bin/sh", "-c", SCRIPT], &["--tmpfs", "/tmp"]);
