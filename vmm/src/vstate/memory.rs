@@ -8,7 +8,7 @@
 use crate::{arch::x86_64::layout, devices::virtio::GuestRam};
 use std::io;
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, mmap::MmapRegionBuilder,
+    GuestAddress, GuestMemory, GuestMemoryRegion, GuestRegionMmap, mmap::MmapRegionBuilder,
 };
 
 const MIB: u64 = 1 << 20;

@@ -8,7 +8,7 @@ use crate::{
 use kvm_bindings::{KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, VcpuFd, VmFd};
 use std::{io, sync::Arc};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::{errno, eventfd::EventFd};
 
 /// Three pages Intel processors without "unrestricted guest" need; they lie in the hole, above the devices.

@@ -15,7 +15,7 @@ use crate::{
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::VcpuFd;
 use std::{sync::Arc, time::Duration};
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory};
 
 /// "APSTART" with a zero byte, little-endian.
 const MAGIC: u64 = 0x0054_5241_5453_5041;

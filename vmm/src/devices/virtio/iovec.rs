@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use thiserror::Error;
-use vm_memory::{GuestMemoryBackend, VolatileSlice};
+use vm_memory::{GuestMemory, VolatileSlice};
 
 use super::GuestRam;
 use super::queue::{MAX_CHAIN_LEN, Segment};
@@ -90,7 +90,7 @@ impl GuestIovecs {
             iovecs,
             len_bytes,
         } = self;
-        for slice in GuestMemoryBackend::get_slices(&**mem, segment.addr, segment.len as usize) {
+        for slice in GuestMemory::get_slices(&**mem, segment.addr, segment.len as usize) {
             let result = match slice {
                 Ok(_) if iovecs.len() == MAX_IOVECS => Err(IovecError::TooMany),
                 Ok(slice) => {

@@ -44,7 +44,7 @@ pub(super) fn write_zero_page(
         *slot = boot_e820_entry {
             addr,
             size,
-            r#type: kind as u32,
+            type_: kind as u32,
         };
         params.e820_entries += 1;
     }

@@ -12,7 +12,7 @@ use std::{
     io::{self, Seek},
 };
 use vm_memory::{
-    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, ReadVolatile,
+    Address, Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryRegion, ReadVolatile,
 };
 use vmm_api::BootProtocol;
 

@@ -4,7 +4,7 @@
 
 use std::io;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemory};
 
 use crate::devices::virtio::GuestRam;
 
@@ -25,7 +25,7 @@ pub fn discard(mem: &GuestRam, start: GuestAddress, len_bytes: u64) -> io::Resul
         & !(PAGE_BYTES - 1);
     let len = usize::try_from(end.saturating_sub(first)).map_err(|_| io::ErrorKind::InvalidInput)?;
     let mut done = 0;
-    for slice in GuestMemoryBackend::get_slices(mem, GuestAddress(first), len) {
+    for slice in GuestMemory::get_slices(mem, GuestAddress(first), len) {
         let slice = slice.map_err(|_| io::ErrorKind::InvalidInput)?;
         let region = mem
             .find_region(GuestAddress(first + done))
