@@ -7,9 +7,7 @@
 
 use crate::{arch::x86_64::layout, devices::virtio::GuestRam};
 use std::io;
-use vm_memory::{
-    GuestAddress, GuestMemory, GuestMemoryRegion, GuestRegionMmap, mmap::MmapRegionBuilder,
-};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryRegion, GuestRegionMmap, mmap::MmapRegionBuilder};
 
 const MIB: u64 = 1 << 20;
 const HUGE_PAGE_BYTES: u64 = 2 * MIB;
