@@ -3,11 +3,16 @@
 //! A frame is bounded as a whole (`frame.rs`); these rules bound the parts, so that nothing a peer sends
 //! makes the other side build a mount table of a million entries or a path no kernel takes.
 
+mod container;
+mod process;
+
+pub use container::{MAX_CGROUP_FILES, MAX_DEVICE_RULES, MAX_HOOK_STATE_BYTES, MAX_ID_MAPPINGS, MAX_SHARES};
+pub use process::MAX_CPU_MASK_BYTES;
+
 use crate::{
-    ArchiveRequest, ConnectRequest, ConnectResponse, ContainerRef, CreateContainerRequest, CreateExecRequest,
-    Empty, ExtractRequest, ListProcessesResponse, PathRequest, PathStat, Process, ProcessRef,
-    ResizeTtyRequest, Rootfs, SignalProcessRequest, StartProcessResponse, StatsResponse, WaitProcessResponse,
-    process, rootfs,
+    ArchiveRequest, ConnectRequest, ConnectResponse, ContainerRef, CreateExecRequest, Empty, ExtractRequest,
+    ListProcessesResponse, PathRequest, PathStat, ProcessRef, ResizeTtyRequest, Rootfs, SignalProcessRequest,
+    StartProcessResponse, StatsResponse, WaitProcessResponse, rootfs,
 };
 
 /// Longest id of a container or an exec.
@@ -207,79 +212,11 @@ impl Bounded for Rootfs {
                 "is zero, which would be no limit",
             ),
             None => require(
-                self.read_only,
+                self.read_only || self.share.is_some(),
                 "rootfs.upper",
                 "is missing from a writable root filesystem",
             ),
         }
-    }
-}
-
-impl Bounded for Process {
-    fn check(&self) -> Result<(), InvalidMessage> {
-        check_strings("process.args", &self.args)?;
-        require(
-            self.args.first().is_some_and(|arg| !arg.is_empty()),
-            "process.args",
-            "names no command",
-        )?;
-        check_strings("process.env", &self.env)?;
-        check_path("process.cwd", &self.cwd)?;
-        if let Some(process::User::UserName(name)) = &self.user {
-            check_text("process.user_name", name, 256)?;
-        }
-        check_list("process.additional_gids", &self.additional_gids, MAX_LIST_ENTRIES)?;
-        check_list("process.rlimits", &self.rlimits, 32)?;
-        for rlimit in &self.rlimits {
-            require(rlimit.resource < 16, "process.rlimits", "has an unknown resource")?;
-            require(
-                rlimit.soft <= rlimit.hard,
-                "process.rlimits",
-                "has a soft limit above its hard limit",
-            )?;
-        }
-        if let Some(size) = self.window_size.as_ref() {
-            check_window(size)?;
-        }
-        if let Some(caps) = self.capabilities.as_ref() {
-            let all = caps.bounding | caps.effective | caps.permitted | caps.inheritable | caps.ambient;
-            require(
-                all & !CAPABILITY_MASK == 0,
-                "process.capabilities",
-                "has an unknown capability",
-            )?;
-        }
-        check_list(
-            "process.seccomp_programs",
-            &self.seccomp_programs,
-            MAX_SECCOMP_PROGRAMS,
-        )?;
-        for program in &self.seccomp_programs {
-            require(
-                !program.is_empty() && program.len() <= MAX_SECCOMP_BYTES && program.len().is_multiple_of(8),
-                "process.seccomp_programs",
-                "is not a whole number of at most 4096 instructions",
-            )?;
-        }
-        check_list(
-            "process.additional_groups",
-            &self.additional_groups,
-            MAX_LIST_ENTRIES,
-        )?;
-        self.additional_groups
-            .iter()
-            .try_for_each(|group| check_text("process.additional_groups", group, 256))?;
-        if let Some(umask) = self.umask {
-            require(umask <= 0o777, "process.umask", "has bits above 0777")?;
-        }
-        if let Some(adjustment) = self.oom_score_adj {
-            require(
-                (-1000..=1000).contains(&adjustment),
-                "process.oom_score_adj",
-                "is not in -1000..1000",
-            )?;
-        }
-        Ok(())
     }
 }
 
@@ -290,73 +227,6 @@ fn check_window(size: &crate::WindowSize) -> Result<(), InvalidMessage> {
         "window_size",
         "is above 65535",
     )
-}
-
-impl Bounded for CreateContainerRequest {
-    fn check(&self) -> Result<(), InvalidMessage> {
-        check_id("container_id", &self.container_id)?;
-        self.rootfs
-            .as_ref()
-            .ok_or(InvalidMessage::new("rootfs", "is missing"))?
-            .check()?;
-        self.process
-            .as_ref()
-            .ok_or(InvalidMessage::new("process", "is missing"))?
-            .check()?;
-        check_text("hostname", &self.hostname, 64)?;
-        check_list("mounts", &self.mounts, MAX_LIST_ENTRIES)?;
-        for mount in &self.mounts {
-            check_path("mounts.destination", &mount.destination)?;
-            check_text("mounts.type", &mount.type_, 32)?;
-            check_text("mounts.source", &mount.source, MAX_PATH_BYTES - 1)?;
-            check_list("mounts.options", &mount.options, 64)?;
-            mount
-                .options
-                .iter()
-                .try_for_each(|option| check_text("mounts.options", option, 1024))?;
-        }
-        for (field, paths) in [
-            ("masked_paths", &self.masked_paths),
-            ("readonly_paths", &self.readonly_paths),
-        ] {
-            check_list(field, paths, MAX_LIST_ENTRIES)?;
-            paths.iter().try_for_each(|path| check_path(field, path))?;
-        }
-        check_list("devices", &self.devices, MAX_LIST_ENTRIES)?;
-        for device in &self.devices {
-            check_path("devices.path", &device.path)?;
-            if !device.source.is_empty() {
-                check_path("devices.source", &device.source)?;
-                require(
-                    device.source.starts_with("/dev/") && !device.source.contains(".."),
-                    "devices.source",
-                    "is not below /dev",
-                )?;
-            }
-        }
-        check_list("sysctls", &self.sysctls, 256)?;
-        for sysctl in &self.sysctls {
-            check_text("sysctls.name", &sysctl.name, 256)?;
-            let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-/".contains(&byte);
-            require(
-                !sysctl.name.is_empty() && sysctl.name.bytes().all(allowed) && !sysctl.name.contains(".."),
-                "sysctls.name",
-                "is not the name of a sysctl",
-            )?;
-            check_text("sysctls.value", &sysctl.value, 4096)?;
-        }
-        check_list("files", &self.files, 64)?;
-        for file in &self.files {
-            check_path("files.path", &file.path)?;
-            require(
-                file.content.len() <= MAX_FILE_BYTES,
-                "files.content",
-                "is more than 256 KiB",
-            )?;
-            require(file.mode <= 0o7777, "files.mode", "has bits above 07777")?;
-        }
-        Ok(())
-    }
 }
 
 impl Bounded for CreateExecRequest {

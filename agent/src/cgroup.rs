@@ -2,12 +2,13 @@
 
 use std::{
     fs::{self, File},
+    io::Write as _,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-use agent_protocol::{Resources, StatsResponse};
+use agent_protocol::{CgroupFile, Resources, StatsResponse};
 use nix::errno::Errno;
 
 use crate::{error::AgentError, init};
@@ -26,23 +27,52 @@ impl Cgroup {
     /// Creates the group of a container and sets its limits.
     pub fn create(container_id: &str, resources: &Resources) -> Result<Self, AgentError> {
         let dir = Path::new(init::CGROUP_DIR).join(format!("container-{container_id}"));
-        if resources.memory_max_bytes != 0 {
-            init::enable_controller("memory")
-                .map_err(|error| AgentError::setup("enabling the memory controller")(io_errno(&error)))?;
-        }
+        let plain = [
+            ("memory.max", resources.memory_max_bytes),
+            ("pids.max", resources.pids_max),
+        ];
+        let plain = plain
+            .into_iter()
+            .filter(|(_, limit)| *limit != 0)
+            .map(|(name, limit)| CgroupFile {
+                name: name.to_owned(),
+                value: limit.to_string(),
+                ..CgroupFile::default()
+            });
+        let files: Vec<CgroupFile> = plain.chain(resources.files.iter().cloned()).collect();
+        enable_controllers(&files)?;
         fs::create_dir(&dir)
             .map_err(|error| AgentError::setup("creating the control group")(io_errno(&error)))?;
         let this = Self { dir };
-        for (file, limit) in [
-            ("memory.max", resources.memory_max_bytes),
-            ("pids.max", resources.pids_max),
-        ] {
-            if limit != 0 {
-                fs::write(this.dir.join(file), limit.to_string())
-                    .map_err(|error| AgentError::setup(format!("setting {file}"))(io_errno(&error)))?;
-            }
-        }
+        this.set(&files)?;
         Ok(this)
+    }
+
+    /// Writes its files; their controllers are enabled.
+    fn set(&self, files: &[CgroupFile]) -> Result<(), AgentError> {
+        for CgroupFile {
+            name,
+            value,
+            optional,
+            ..
+        } in files
+        {
+            let path = self.dir.join(name);
+            if *optional && !path.exists() {
+                continue;
+            }
+            // Never made: what isn't there is no limit of this kernel's.
+            File::options()
+                .write(true)
+                .open(path)
+                .and_then(|mut file| file.write_all(value.as_bytes()))
+                .map_err(|error| {
+                    AgentError::setup(format!("setting {name} of the control group to {value:?}"))(io_errno(
+                        &error,
+                    ))
+                })?;
+        }
+        Ok(())
     }
 
     /// Its directory, for a process to be born in.
@@ -129,6 +159,29 @@ impl Cgroup {
             ..StatsResponse::default()
         }
     }
+}
+
+/// Enables the controllers that these files belong to; one that is only wished for may be missing.
+fn enable_controllers(files: &[CgroupFile]) -> Result<(), AgentError> {
+    let mut done = Vec::new();
+    for file in files {
+        let controller = file.name.split('.').next().unwrap_or_default();
+        // The processes of every container are counted already.
+        if controller == "pids" || done.contains(&controller) {
+            continue;
+        }
+        done.push(controller);
+        let enabled = init::enable_controller(controller);
+        if !file.optional {
+            enabled.map_err(|error| {
+                AgentError::setup(format!(
+                    "enabling the controller {controller:?} for {}",
+                    file.name
+                ))(io_errno(&error))
+            })?;
+        }
+    }
+    Ok(())
 }
 
 /// A control group in which a further process of a container is born while the container stands still.

@@ -166,7 +166,7 @@ impl Containers {
         rootfs.write_files(&request.files)?;
         let cgroup = Cgroup::create(&id, &request.resources)?;
         if request.device_filter {
-            device_filter::attach(&cgroup.open()?)
+            device_filter::attach(&cgroup.open()?, &request.resources.device_rules)
                 .map_err(AgentError::setup("attaching the device filter"))?;
         }
         let devpts = terminal::make_devpts(&request.mounts)?;

@@ -8,10 +8,11 @@
 
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 
+use agent_protocol::DeviceRule;
 use nix::errno::Errno;
 
 /// Character devices that may be opened: (major, minor), any minor where there is none. As docker's.
-const ALLOWED: [(i32, Option<i32>); 12] = [
+const ALLOWED: [(u32, Option<u32>); 12] = [
     (1, Some(3)),
     (1, Some(5)),
     (1, Some(7)),
@@ -57,35 +58,97 @@ fn answer(allowed: bool) -> [Instruction; 2] {
     ]
 }
 
-/// Allows to make nodes, and to open the devices in the list.
-fn program() -> Vec<Instruction> {
-    const LOAD_WORD: u8 = 0x61;
-    const JUMP_NOT_EQUAL: u8 = 0x55;
+const LOAD_WORD: u8 = 0x61;
+const MOVE: u8 = 0xbf;
+const SHIFT_RIGHT: u8 = 0x77;
+const AND: u8 = 0x57;
+const JUMP_EQUAL: u8 = 0x15;
+const JUMP_NOT_EQUAL: u8 = 0x55;
+/// `BPF_DEVCG_DEV_BLOCK`, `BPF_DEVCG_DEV_CHAR`
+const BLOCK: i32 = 1;
+const CHARACTER: i32 = 2;
+/// `BPF_DEVCG_ACC_*`
+const MKNOD: i32 = 1;
+const READ: i32 = 2;
+const WRITE: i32 = 4;
+const ALL: i32 = MKNOD | READ | WRITE;
+
+/// `r2` = type, `r3` = major, `r4` = minor, `r5` = what of the access isn't decided yet.
+fn prologue() -> [Instruction; 6] {
     // r1 points to `struct bpf_cgroup_dev_ctx`: access and type, major, minor.
-    let mut program = vec![
+    [
         instruction(LOAD_WORD, 0x12, 0, 0),
         instruction(LOAD_WORD, 0x13, 4, 0),
         instruction(LOAD_WORD, 0x14, 8, 0),
-        // r5 = access
-        instruction(0xbf, 0x25, 0, 0),
-        instruction(0x77, 0x05, 0, 16),
-        // r2 = type
-        instruction(0x57, 0x02, 0, 0xffff),
-        // BPF_DEVCG_ACC_MKNOD alone
-        instruction(JUMP_NOT_EQUAL, 0x05, 2, 1),
-    ];
-    program.extend(answer(true));
-    // BPF_DEVCG_DEV_CHAR
-    program.push(instruction(0x15, 0x02, 2, 2));
-    program.extend(answer(false));
-    for (major, minor) in ALLOWED {
-        let rest: i16 = if minor.is_some() { 3 } else { 2 };
-        program.push(instruction(JUMP_NOT_EQUAL, 0x03, rest, major));
-        if let Some(minor) = minor {
-            program.push(instruction(JUMP_NOT_EQUAL, 0x04, 2, minor));
-        }
-        program.extend(answer(true));
+        instruction(MOVE, 0x25, 0, 0),
+        instruction(SHIFT_RIGHT, 0x05, 0, 16),
+        instruction(AND, 0x02, 0, 0xffff),
+    ]
+}
+
+/// Decides what one rule decides, if it is about this device.
+fn rule(rule: &DeviceRule) -> Vec<Instruction> {
+    let mut access = 0;
+    for (given, bit) in [(rule.mknod, MKNOD), (rule.read, READ), (rule.write, WRITE)] {
+        access |= if given { bit } else { 0 };
     }
+    let mut body = if rule.allow {
+        // What it allows needs no other rule; when nothing is left, all is allowed.
+        let mut body = vec![
+            instruction(AND, 0x05, 0, ALL & !access),
+            instruction(JUMP_NOT_EQUAL, 0x05, 2, 0),
+        ];
+        body.extend(answer(true));
+        body
+    } else {
+        let mut body = vec![
+            instruction(MOVE, 0x56, 0, 0),
+            instruction(AND, 0x06, 0, access),
+            instruction(JUMP_EQUAL, 0x06, 2, 0),
+        ];
+        body.extend(answer(false));
+        body
+    };
+    let number = |number: Option<u32>| number.and_then(|number| i32::try_from(number).ok());
+    let mut conditions = Vec::new();
+    conditions.extend(number(rule.minor).map(|minor| (4, minor)));
+    conditions.extend(number(rule.major).map(|major| (3, major)));
+    if rule.character != rule.block {
+        conditions.push((2, if rule.block { BLOCK } else { CHARACTER }));
+    }
+    for (register, value) in conditions {
+        let beyond = i16::try_from(body.len()).unwrap_or(i16::MAX);
+        body.insert(0, instruction(JUMP_NOT_EQUAL, register, beyond, value));
+    }
+    body
+}
+
+/// The agent's own rules: nodes can be made, and the devices in the list opened.
+fn own_rules() -> Vec<DeviceRule> {
+    let make = DeviceRule {
+        allow: true,
+        character: true,
+        block: true,
+        mknod: true,
+        ..DeviceRule::default()
+    };
+    let open = |(major, minor): (u32, Option<u32>)| DeviceRule {
+        allow: true,
+        character: true,
+        major: Some(major),
+        minor,
+        read: true,
+        write: true,
+        mknod: true,
+        ..DeviceRule::default()
+    };
+    std::iter::once(make).chain(ALLOWED.map(open)).collect()
+}
+
+/// Of the rules that are about a device and a kind of access, the last one decides; without one it is denied.
+fn program(rules: &[DeviceRule]) -> Vec<Instruction> {
+    let mut program = prologue().to_vec();
+    program.extend(rules.iter().rev().flat_map(rule));
     program.extend(answer(false));
     program
 }
@@ -102,13 +165,17 @@ fn bpf(command: u32, attributes: &[u64]) -> Result<libc::c_long, Errno> {
     })
 }
 
-/// Has the kernel check every opening of a device by the processes of a control group.
-pub fn attach(cgroup: &OwnedFd) -> Result<(), Errno> {
+/// Has the kernel check every opening of a device by the processes of a control group, by these rules or our own.
+pub fn attach(cgroup: &OwnedFd, rules: &[DeviceRule]) -> Result<(), Errno> {
     const PROG_LOAD: u32 = 5;
     const PROG_ATTACH: u32 = 8;
     const CGROUP_DEVICE: u64 = 15;
     const ATTACH_CGROUP_DEVICE: u64 = 6;
-    let instructions = program();
+    let instructions = if rules.is_empty() {
+        program(&own_rules())
+    } else {
+        program(rules)
+    };
     let license = c"GPL";
     let number = |fd: RawFd| u64::from(fd.unsigned_abs());
     // (prog_type, insn_cnt), insns, license, (log_level, log_size), log_buf, (kern_version, prog_flags)
@@ -136,9 +203,8 @@ pub fn attach(cgroup: &OwnedFd) -> Result<(), Errno> {
 mod tests {
     use super::*;
 
-    /// What the program answers; a small part of the machine.
-    fn run(kind: u32, access: u32, major: i32, minor: i32) -> bool {
-        let program = program();
+    /// What a program answers; a small part of the machine.
+    fn answers(program: &[Instruction], kind: i32, access: i32, major: i32, minor: i32) -> bool {
         let mut registers = [0_i64; 10];
         let mut at = 0;
         loop {
@@ -158,7 +224,8 @@ mod tests {
                 }
             };
             match code {
-                0x61 => {
+                LOAD_WORD => {
+                    // In the kernel's notation the destination is the low half.
                     registers[to] = match offset {
                         0 => i64::from(access << 16 | kind),
                         4 => i64::from(major),
@@ -166,11 +233,11 @@ mod tests {
                         _ => panic!("outside of the context"),
                     }
                 }
-                0xbf => registers[to] = registers[from],
-                0x77 => registers[to] >>= value,
-                0x57 => registers[to] &= i64::from(value),
-                0x55 => at += jump(registers[to] != i64::from(value)),
-                0x15 => at += jump(registers[to] == i64::from(value)),
+                MOVE => registers[to] = registers[from],
+                SHIFT_RIGHT => registers[to] >>= value,
+                AND => registers[to] &= i64::from(value),
+                JUMP_NOT_EQUAL => at += jump(registers[to] != i64::from(value)),
+                JUMP_EQUAL => at += jump(registers[to] == i64::from(value)),
                 0xb7 => registers[to] = i64::from(value),
                 0x95 => return registers[0] != 0,
                 other => panic!("no such instruction {other:#x}"),
@@ -178,17 +245,53 @@ mod tests {
         }
     }
 
+    fn run(kind: i32, access: i32, major: i32, minor: i32) -> bool {
+        answers(&program(&own_rules()), kind, access, major, minor)
+    }
+
     #[test]
     fn listed_devices_open_disks_do_not_and_nodes_can_be_made() {
-        let (block, character) = (1, 2);
-        let (make, read, both) = (1, 2, 6);
-        assert!(run(character, both, 1, 3));
-        assert!(run(character, read, 136, 7));
-        assert!(!run(character, read, 1, 1));
-        assert!(!run(block, read, 254, 0));
-        assert!(!run(block, both, 1, 3));
-        assert!(run(block, make, 254, 0));
-        assert!(!run(block, make | read, 254, 0));
-        assert!(!run(character, read, 10, 1));
+        let both = READ | WRITE;
+        assert!(run(CHARACTER, both, 1, 3));
+        assert!(run(CHARACTER, READ, 136, 7));
+        assert!(!run(CHARACTER, READ, 1, 1));
+        assert!(!run(BLOCK, READ, 254, 0));
+        assert!(!run(BLOCK, both, 1, 3));
+        assert!(run(BLOCK, MKNOD, 254, 0));
+        assert!(!run(BLOCK, MKNOD | READ, 254, 0));
+        assert!(!run(CHARACTER, READ, 10, 1));
+    }
+
+    fn any_rule(allow: bool, major: Option<u32>, access: i32) -> DeviceRule {
+        DeviceRule {
+            allow,
+            character: true,
+            block: major.is_none(),
+            major,
+            read: access & READ != 0,
+            write: access & WRITE != 0,
+            mknod: access & MKNOD != 0,
+            ..DeviceRule::default()
+        }
+    }
+
+    #[test]
+    fn last_rule_about_an_access_decides() {
+        let rules = [
+            any_rule(true, Some(7), ALL),
+            any_rule(false, None, ALL),
+            any_rule(true, Some(10), ALL),
+            any_rule(false, Some(10), WRITE),
+            any_rule(true, Some(11), READ),
+            any_rule(true, Some(11), WRITE),
+        ];
+        let program = program(&rules);
+        let open = |access, major| answers(&program, CHARACTER, access, major, 1);
+        assert!(!open(READ, 7), "taken back by a later rule");
+        assert!(open(READ, 10) && open(MKNOD | READ, 10));
+        assert!(!open(WRITE, 10) && !open(READ | WRITE, 10));
+        assert!(open(READ | WRITE, 11), "allowed by two rules together");
+        assert!(!open(READ | MKNOD, 11));
+        assert!(!answers(&program, BLOCK, READ, 10, 1));
     }
 }

@@ -213,7 +213,7 @@ pub fn bpf_program(bytes: &[u8]) -> Vec<libc::sock_filter> {
 }
 
 /// Installs a seccomp filter.
-pub fn set_seccomp(instructions: &[libc::sock_filter]) -> Result<(), Errno> {
+pub fn set_seccomp(instructions: &[libc::sock_filter], flags: u32) -> Result<(), Errno> {
     let filter = libc::sock_fprog {
         len: u16::try_from(instructions.len()).map_err(|_| Errno::EINVAL)?,
         filter: instructions.as_ptr().cast_mut(),
@@ -223,7 +223,7 @@ pub fn set_seccomp(instructions: &[libc::sock_filter]) -> Result<(), Errno> {
         libc::syscall(
             libc::SYS_seccomp,
             libc::SECCOMP_SET_MODE_FILTER,
-            0,
+            flags,
             &raw const filter,
         )
     })
@@ -402,6 +402,57 @@ pub fn execve(path: &CStr, args: &StringArray, env: &StringArray) -> Errno {
     // SAFETY: a NUL-terminated path and two NULL-terminated arrays of such strings, all of which live across the call.
     unsafe { libc::execve(path.as_ptr(), args.pointers.as_ptr(), env.pointers.as_ptr()) };
     Errno::last()
+}
+
+/// Lets the calling process run on these CPUs only, bit n of byte m being CPU 8m + n.
+pub fn set_affinity(mask: &[u8]) -> Result<(), Errno> {
+    // SAFETY: the mask lives across the call with its length.
+    Errno::result(unsafe { libc::syscall(libc::SYS_sched_setaffinity, 0, mask.len(), mask.as_ptr()) })
+        .map(drop)
+}
+
+/// What `sched_setattr` reads, up to the parameters of deadlines.
+#[repr(C)]
+struct SchedulerAttributes {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime_ns: u64,
+    deadline_ns: u64,
+    period_ns: u64,
+}
+
+/// Sets the calling process's scheduler.
+pub fn set_scheduler(scheduler: &agent_protocol::Scheduler) -> Result<(), Errno> {
+    let attributes = SchedulerAttributes {
+        size: u32::try_from(size_of::<SchedulerAttributes>()).unwrap_or(0),
+        policy: scheduler.policy,
+        flags: scheduler.flags,
+        nice: scheduler.nice,
+        priority: scheduler.priority,
+        runtime_ns: scheduler.runtime_ns,
+        deadline_ns: scheduler.deadline_ns,
+        period_ns: scheduler.period_ns,
+    };
+    // SAFETY: the attributes say their size and live across the call.
+    Errno::result(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) }).map(drop)
+}
+
+/// Sets the calling process's priority for disks.
+pub fn set_io_priority(class: u32, level: u32) -> Result<(), Errno> {
+    const WHO_PROCESS: u32 = 1;
+    const CLASS_SHIFT: u32 = 13;
+    let priority = class << CLASS_SHIFT | level;
+    // SAFETY: plain integers.
+    Errno::result(unsafe { libc::syscall(libc::SYS_ioprio_set, WHO_PROCESS, 0, priority) }).map(drop)
+}
+
+/// Sets the calling process's execution domain.
+pub fn set_personality(domain: u32) -> Result<(), Errno> {
+    // SAFETY: a plain integer.
+    Errno::result(unsafe { libc::personality(libc::c_ulong::from(domain)) }).map(drop)
 }
 
 /// Sets a resource limit of the calling process.

@@ -5,7 +5,7 @@ use std::{io, path::PathBuf, time::Duration};
 use agent_protocol::{ErrorDetail, ErrorKind, InvalidMessage};
 use vmm_api::{ClientError, StopReason};
 
-use crate::Status;
+use crate::{Status, oci_spec::SpecError};
 
 /// Result of this library.
 pub type Result<T> = std::result::Result<T, SandboxError>;
@@ -58,6 +58,9 @@ pub enum SandboxError {
         /// What is wrong, and what would be right.
         problem: String,
     },
+    /// A bundle says something wrong or impossible.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
     /// The name is taken.
     #[error(
         "the container name {name:?} is already in use by container {id}; remove it first or choose another name"

@@ -336,7 +336,7 @@ impl ContainerSpec {
     }
 }
 
-fn host_memory_mib() -> u64 {
+pub(crate) fn host_memory_mib() -> u64 {
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let kib = meminfo.lines().find_map(|line| {
         line.strip_prefix("MemTotal:")?

@@ -20,15 +20,20 @@ use nix::{
     unistd::{chdir, write},
 };
 
-use super::failure::{Failure, FailureKind, failed};
+use super::{
+    failure::{Failure, FailureKind, failed},
+    scheduling::Scheduling,
+};
 use crate::{sys, user::Identity};
 
 /// Who a process is and what it may do.
 #[derive(Debug)]
 pub struct Credentials {
+    scheduling: Scheduling,
     rlimits: Vec<(u32, libc::rlimit)>,
     oom_score_adj: Option<Vec<u8>>,
     seccomp: Vec<Vec<libc::sock_filter>>,
+    seccomp_flags: u32,
     no_new_privileges: bool,
     capabilities: Capabilities,
     uid: u32,
@@ -51,6 +56,7 @@ impl Credentials {
             )
         };
         Ok(Self {
+            scheduling: Scheduling::new(process),
             rlimits: process.rlimits.iter().map(rlimit).collect(),
             oom_score_adj: process.oom_score_adj.map(|value| value.to_string().into_bytes()),
             seccomp: process
@@ -58,6 +64,7 @@ impl Credentials {
                 .iter()
                 .map(|program| sys::bpf_program(program))
                 .collect(),
+            seccomp_flags: process.seccomp_flags,
             no_new_privileges: process.no_new_privileges,
             capabilities: wanted_capabilities(process, identity),
             uid: identity.uid,
@@ -83,6 +90,7 @@ impl Credentials {
 
     /// Applies everything up to, and without, `execve`.
     pub(super) fn apply(&self) -> Result<(), Failure> {
+        self.scheduling.apply()?;
         for (resource, limit) in &self.rlimits {
             sys::set_rlimit(*resource, limit).map_err(failed("setting a resource limit"))?;
         }
@@ -127,7 +135,7 @@ impl Credentials {
     fn install_seccomp(&self) -> Result<(), Failure> {
         self.seccomp
             .iter()
-            .try_for_each(|program| sys::set_seccomp(program))
+            .try_for_each(|program| sys::set_seccomp(program, self.seccomp_flags))
             .map_err(failed("installing the seccomp filter"))
     }
 

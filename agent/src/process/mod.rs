@@ -10,6 +10,7 @@ mod credentials;
 mod failure;
 mod mounts;
 mod program;
+mod scheduling;
 
 use std::os::fd::{AsFd as _, OwnedFd};
 

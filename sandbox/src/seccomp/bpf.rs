@@ -27,6 +27,9 @@ pub(super) const JUMP_GE: u16 = 0x35;
 /// `BPF_RET | BPF_K`
 pub(super) const RETURN: u16 = 0x06;
 
+/// `BPF_MAXINSNS`: the longest program the kernel takes.
+pub(super) const MAX_INSTRUCTIONS: usize = 4096;
+
 /// Offsets in `struct seccomp_data`.
 const NUMBER: u32 = 0;
 const ARCHITECTURE: u32 = 4;

@@ -9,10 +9,12 @@
 
 mod bpf;
 mod default_profile;
+mod oci;
 mod profile;
 mod syscalls;
 
 use bpf::{Decision, Table};
+pub(crate) use oci::oci_programs;
 
 use crate::{Result, SandboxError, confinement::SeccompSpec};
 use profile::Profile;
@@ -57,15 +59,18 @@ pub(crate) fn programs(spec: &SeccompSpec, bounding: u64) -> Result<Vec<Vec<u8>>
 
 impl Profile {
     fn compile(&self) -> Vec<bpf::Instruction> {
-        let table = |architecture, names: &[(&str, u32)]| Table {
-            architecture,
-            ranges: self.ranges(names),
-        };
         let tables = [
-            table(AUDIT_ARCH_X86_64, &syscalls::X86_64),
-            table(AUDIT_ARCH_I386, &syscalls::I386),
+            self.table(AUDIT_ARCH_X86_64, &syscalls::X86_64),
+            self.table(AUDIT_ARCH_I386, &syscalls::I386),
         ];
         bpf::compile(&tables, action::KILL_PROCESS)
+    }
+
+    fn table(&self, architecture: u32, names: &[(&str, u32)]) -> Table {
+        Table {
+            architecture,
+            ranges: self.ranges(names),
+        }
     }
 
     /// What is decided for each number, equal neighbours as one range.

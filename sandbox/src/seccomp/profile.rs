@@ -42,6 +42,12 @@ impl Profile {
         }
     }
 
+    /// Whether no call is treated otherwise than without a profile.
+    pub(super) fn allows_everything(&self) -> bool {
+        let mut actions = self.rules.values().flatten().map(|rule| rule.action);
+        self.default_action == action::ALLOW && actions.all(|action| action == action::ALLOW)
+    }
+
     pub(super) fn knows(&self, name: &str) -> bool {
         self.rules.contains_key(name)
     }
