@@ -130,7 +130,7 @@ static int run_check(const struct check *check)
 
 		close(ends[0]);
 		setpgid(0, 0);
-		alarm(limit ? atoi(limit) : 60);
+		alarm(limit ? atoi(limit) : 300);
 		wrong = check->run();
 		if (wrong)
 			(void)!write(ends[1], wrong, strlen(wrong));

@@ -30,7 +30,7 @@ redis_keeps_values() {
 	tries=0
 	until redis-cli -s /tmp/redis ping >/dev/null 2>&1; do
 		tries=$((tries + 1))
-		[ $tries -gt 100 ] && { fail redis 'no answer to PING'; return; }
+		[ $tries -gt 600 ] && { fail redis 'no answer to PING'; return; }
 		sleep 0.2
 	done
 	rounds=0

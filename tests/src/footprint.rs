@@ -25,11 +25,10 @@ impl Footprint {
         }
         let root = hull.root_dir();
         let marker = root.display().to_string();
-        for (what, path) in [("mount", "/proc/self/mountinfo"), ("socket", "/proc/net/unix")] {
-            let text = fs::read_to_string(path).unwrap_or_default();
-            let ours = text.lines().filter(|line| line.contains(&marker));
-            items.extend(ours.map(|line| format!("{what} {line}")));
-        }
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let ours = mounts.lines().filter(|line| line.contains(&marker));
+        items.extend(ours.map(|line| format!("mount {line}")));
+        // Sockets are among them: by name in a folder, and open in a process.
         files(root, &mut items);
         for shared in ["/dev/shm", "/run", "/var/tmp", "/sys/fs/cgroup"] {
             named_ours(Path::new(shared), 3, &mut items);

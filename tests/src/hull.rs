@@ -16,6 +16,9 @@ use tempfile::TempDir;
 /// Nothing a test runs takes this long, on a busy machine neither; what does has hung.
 const TIMEOUT: Duration = Duration::from_secs(600);
 
+/// How long what a test waits for may take on a machine that does ten other things. It bounds a hang and judges no speed.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
 /// What a run printed and how it ended.
 #[derive(Debug)]
 pub struct Outcome {
@@ -235,16 +238,14 @@ impl Hull {
         found
     }
 
-    /// Wait until nothing is left; what remains after a few seconds is returned.
+    /// Wait until nothing is left; what will not go is returned.
     pub fn settle(&self) -> Vec<String> {
-        let begin = Instant::now();
-        loop {
-            let left = self.leftovers();
-            if left.is_empty() || begin.elapsed() > Duration::from_secs(5) {
-                return left;
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        let mut left = Vec::new();
+        eventually(PATIENCE, || {
+            left = self.leftovers();
+            left.is_empty()
+        });
+        left
     }
 }
 

@@ -119,7 +119,7 @@ impl KernelVm {
             memory_mib: 128,
             disks: Vec::new(),
             parameters: String::new(),
-            timeout: Duration::from_secs(60),
+            timeout: crate::hull::PATIENCE,
         })
     }
 

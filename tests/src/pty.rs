@@ -9,15 +9,11 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, ExitStatus};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use nix::pty::openpty;
 use rustix::termios::{LocalModes, Termios, Winsize, tcgetattr, tcsetwinsize};
 
-use crate::hull::{eventually, wait_for};
-
-/// Nothing a test waits for takes this long; what does has hung.
-const TIMEOUT: Duration = Duration::from_secs(60);
+use crate::hull::{PATIENCE, eventually, wait_for};
 
 /// A program and its terminal.
 #[derive(Debug)]
@@ -125,7 +121,7 @@ impl Terminal {
     /// It isn't.
     pub fn expect(&mut self, text: &str) {
         let mut found = None;
-        eventually(TIMEOUT, || {
+        eventually(PATIENCE, || {
             found = self.find(text);
             found.is_some()
         });
@@ -162,7 +158,7 @@ impl Terminal {
     /// # Panics
     /// It hasn't in time.
     pub fn wait(&mut self) -> ExitStatus {
-        match wait_for(&mut self.child, TIMEOUT) {
+        match wait_for(&mut self.child, PATIENCE) {
             Some(status) => status,
             None => panic!("it still runs; the screen: {:?}", self.screen()),
         }

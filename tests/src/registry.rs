@@ -2,13 +2,11 @@
 //!
 //! Needs Debian's `docker-registry` and `skopeo`, which `cargo xtask setup` installs.
 
-use std::fs;
-use std::net::{TcpListener, TcpStream};
+use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
-use crate::hull::eventually;
+use crate::hull::{PATIENCE, eventually};
 
 /// `hull:secret`, as `htpasswd -nbB` writes it.
 const HTPASSWD: &str = "hull:$2y$04$GKsREbNOrBvcBeplRdFW8.nlkx.BfW/17cESXRx5DM6jh26v2gHIq\n";
@@ -26,6 +24,13 @@ fn is_installed(program: &str) -> bool {
     std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
 }
 
+/// `… msg="listening on 127.0.0.1:34503" …`, once the line is whole.
+fn port_in(log: &str) -> Option<u16> {
+    let (_, rest) = log.split_once("listening on 127.0.0.1:")?;
+    let (port, _) = rest.split_once('"')?;
+    port.parse().ok()
+}
+
 impl Registry {
     /// Starts one that keeps everything below `dir`; `None` where the programs are missing, which it says.
     ///
@@ -38,10 +43,6 @@ impl Registry {
                 return None;
             }
         }
-        let port = TcpListener::bind("127.0.0.1:0")
-            .and_then(|listener| listener.local_addr())
-            .expect("a free port")
-            .port();
         let htpasswd = dir.join("htpasswd");
         fs::write(&htpasswd, HTPASSWD).expect("the scratch folder can be written to");
         let auth = if login {
@@ -53,8 +54,9 @@ impl Registry {
             String::new()
         };
         let config = dir.join("registry.yml");
+        let log = dir.join("registry.log");
         let text = format!(
-            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"127.0.0.1:{port}\"}}\n{auth}",
+            "version: 0.1\nlog: {{level: info, accesslog: {{disabled: true}}}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"127.0.0.1:0\"}}\n{auth}",
             dir.join("data").display()
         );
         fs::write(&config, text).expect("the scratch folder can be written to");
@@ -62,15 +64,28 @@ impl Registry {
             .arg("serve")
             .arg(&config)
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(File::create(&log).expect("the scratch folder can be written to"))
             .spawn()
             .expect("docker-registry starts");
-        let registry = Self { child, port, login };
-        let answers = eventually(Duration::from_secs(30), || {
-            TcpStream::connect(("127.0.0.1", port)).is_ok()
+        let mut registry = Self {
+            child,
+            port: 0,
+            login,
+        };
+        // It takes a free port itself, so nobody can take it in between, and says which once it listens.
+        let listens = eventually(PATIENCE, || {
+            let said = fs::read_to_string(&log).unwrap_or_default();
+            registry.port = port_in(&said).unwrap_or(0);
+            registry.port != 0
         });
-        assert!(answers, "docker-registry doesn't answer");
+        let said = fs::read_to_string(&log).unwrap_or_default();
+        assert!(listens, "docker-registry doesn't listen: {said}");
         Some(registry)
+    }
+
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
     /// `127.0.0.1:PORT`.

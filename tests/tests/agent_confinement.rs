@@ -4,8 +4,7 @@
 use std::io::{BufRead as _, BufReader};
 use std::process::Child;
 
-use hull_tests::hull::{Hull, Outcome, eventually, finish};
-use std::time::Duration;
+use hull_tests::hull::{Hull, Outcome, PATIENCE, eventually, finish};
 
 /// Has a `mount`.
 const SMALL: &str = "busybox";
@@ -241,7 +240,8 @@ fn limits_groups_and_sysctls_reach_the_command() {
             "100", "200", "0", "0", "1", "4711", "1024", "77", "0027", "300", "50"
         ]
     );
-    let script = "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 1 & done; wait";
+    // None of them ends before the last was tried.
+    let script = "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 100 & done; exit 3";
     let bomb = shell(&hull, &["--pids-limit", "10"], script);
     assert!(format!("{bomb:?}").contains("fork"), "{bomb:?}");
     let unknown = shell(&hull, &["--group-add", "nosuchgroup"], "true");
@@ -275,7 +275,7 @@ fn sleeping(hull: &Hull, name: &str, options: &[&str]) -> Child {
 fn end(hull: &Hull, child: &mut Child, name: &str) {
     hull.run(&["kill", name]);
     assert!(
-        eventually(Duration::from_secs(60), || child
+        eventually(PATIENCE, || child
             .try_wait()
             .expect("as this test set it up")
             .is_some()),

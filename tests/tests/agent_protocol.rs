@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use hull_tests::hull::{Hull, eventually};
+use hull_tests::hull::{Hull, PATIENCE, eventually};
 
 const RPC_PORT: u32 = 1024;
 const STDIO_PORT: u32 = 1025;
@@ -145,7 +145,7 @@ fn connect(socket: &PathBuf, port: u32) -> UnixStream {
         .set_read_timeout(Some(Duration::from_millis(20)))
         .expect("as this test set it up");
     stream
-        .set_write_timeout(Some(Duration::from_secs(20)))
+        .set_write_timeout(Some(PATIENCE))
         .expect("as this test set it up");
     stream
 }
@@ -233,7 +233,7 @@ fn connections_that_stall_hold_up_nobody() {
     }
     still_serves(&hull);
     drop(held);
-    assert!(eventually(Duration::from_secs(20), || hull
+    assert!(eventually(PATIENCE, || hull
         .run(&["exec", "victim", "/bin/true"])
         .code()
         == 0));

@@ -1,9 +1,8 @@
 //! `hull logs`: everything a container printed, in order, for as long as it prints.
 
 use std::process::Stdio;
-use std::time::Duration;
 
-use hull_tests::hull::{Hull, eventually, finish, signal};
+use hull_tests::hull::{Hull, PATIENCE, eventually, finish, signal};
 use nix::sys::signal::Signal;
 
 /// Prints numbered lines.
@@ -29,9 +28,17 @@ fn streams_stay_apart_and_last_lines_and_times_can_be_chosen() {
     let Some(hull) = Hull::with_images(&["busybox"]) else {
         return;
     };
-    // Lines that are read at once have one time.
-    let script = format!("{}; sleep 1; {}; echo oops >&2", counting(0, 5), counting(5, 10));
+    // Lines that are read at once have one time: the second half waits until the first is kept.
+    let script = format!(
+        "{}; until [ -e /go ]; do sleep 0.05; done; {}; echo oops >&2",
+        counting(0, 5),
+        counting(5, 10)
+    );
     start(&hull, "talker", &[], &script);
+    assert!(eventually(PATIENCE, || {
+        hull.run(&["logs", "talker"]).text() == lines(0, 5)
+    }));
+    assert_eq!(hull.run(&["exec", "talker", "touch", "/go"]).code(), 0);
     assert_eq!(hull.run(&["wait", "talker"]).text(), "0");
 
     let all = hull.run(&["logs", "talker"]);
@@ -95,7 +102,7 @@ fn following_ends_when_the_monitor_is_killed() {
         .command(&["logs", "-f", "talker"])
         .spawn()
         .expect("hull starts");
-    assert!(eventually(Duration::from_secs(20), || {
+    assert!(eventually(PATIENCE, || {
         hull.run(&["logs", "talker"]).text() == "ready"
     }));
     let monitor = hull.run(&["inspect", "-f", "{{.MicroVM.MonitorPid}}", "talker"]);
@@ -106,7 +113,7 @@ fn following_ends_when_the_monitor_is_killed() {
         (0, "ready"),
         "{followed:?}"
     );
-    assert!(eventually(Duration::from_secs(10), || hull.vmms().is_empty()));
+    assert!(eventually(PATIENCE, || hull.vmms().is_empty()));
 }
 
 #[test]

@@ -1,8 +1,6 @@
 //! An interactive container on a real terminal: it has to feel native.
 
-use std::time::Duration;
-
-use hull_tests::hull::{Hull, eventually};
+use hull_tests::hull::{Hull, PATIENCE, eventually};
 use hull_tests::pty::Terminal;
 use sha2::{Digest, Sha256};
 
@@ -144,7 +142,7 @@ fn size_of_the_terminal_is_the_containers_from_the_start_and_when_it_changes() {
     // The change travels beside the keys: asked until it has arrived.
     let mut asked = 0;
     assert!(
-        eventually(Duration::from_secs(20), || {
+        eventually(PATIENCE, || {
             asked += 1;
             terminal.send(format!("stty size; echo asked {asked}\r"));
             terminal.expect(&format!("\r\nasked {asked}\r\n"));

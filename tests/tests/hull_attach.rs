@@ -4,11 +4,9 @@ use std::io::{Read as _, Write as _};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use hull_tests::hull::{Hull, Outcome, eventually, finish, signal, wait_for};
+use hull_tests::hull::{Hull, Outcome, PATIENCE, eventually, finish, signal, wait_for};
 use hull_tests::pty::Terminal;
 use nix::sys::signal::Signal;
-
-const SOON: Duration = Duration::from_secs(20);
 
 fn ok(outcome: &Outcome) -> String {
     assert_eq!(outcome.code(), 0, "{outcome:?}");
@@ -41,7 +39,7 @@ fn two_clients_see_the_same_and_both_get_the_exit_code() {
     let Some(hull) = Hull::with_images(&["busybox"]) else {
         return;
     };
-    let script = "read line; echo got $line; exit 6";
+    let script = "(while :; do echo waiting; sleep 0.1; done) & read line; kill $!; echo got $line; exit 6";
     ok(&hull.run(&[
         "run", "-d", "-i", "--name", "box", "busybox", "/bin/sh", "-c", script,
     ]));
@@ -50,17 +48,16 @@ fn two_clients_see_the_same_and_both_get_the_exit_code() {
         .stdin(Stdio::piped())
         .spawn()
         .unwrap();
-    let reader = hull.command(&["attach", "--no-stdin", "box"]).spawn().unwrap();
+    let mut reader = hull.command(&["attach", "--no-stdin", "box"]).spawn().unwrap();
     // Both must be there before anything is said.
-    std::thread::sleep(Duration::from_millis(500));
+    for client in [&mut writer, &mut reader] {
+        read_until(client, "waiting\n");
+    }
     writer.stdin.take().unwrap().write_all(b"hello\n").unwrap();
     for client in [writer, reader] {
         let outcome = finish(client);
-        assert_eq!(
-            (outcome.code(), outcome.text().as_str()),
-            (6, "got hello"),
-            "{outcome:?}"
-        );
+        assert_eq!(outcome.code(), 6, "{outcome:?}");
+        assert!(outcome.text().ends_with("got hello"), "{outcome:?}");
     }
 }
 
@@ -80,12 +77,11 @@ fn killed_client_leaves_the_container_running_and_another_can_attach() {
     assert_eq!(state(&hull, "box"), "running");
     let mut second = hull.command(&["attach", "box"]).spawn().unwrap();
     read_until(&mut second, "\n");
-    // Asking goes to the container; whoever insists leaves it.
-    for _ in 0..3 {
+    // Asking goes to the container; whoever insists leaves it. Two signals that come before hull has looked are one.
+    assert!(eventually(PATIENCE, || {
         signal(i32::try_from(second.id()).unwrap(), Signal::SIGHUP);
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    assert!(wait_for(&mut second, SOON).is_some());
+        wait_for(&mut second, Duration::from_millis(200)).is_some()
+    }));
     ok(&hull.run(&["rm", "-f", "box"]));
     assert_eq!(hull.settle(), Vec::<String>::new());
 }
@@ -95,18 +91,13 @@ fn client_that_takes_nothing_holds_only_its_own_container_and_lets_go_when_it_le
     let Some(hull) = Hull::with_images(&["busybox"]) else {
         return;
     };
-    ok(&hull.run(&[
-        "run",
-        "-d",
-        "--name",
-        "loud",
-        "busybox",
-        "/bin/sh",
-        "-c",
-        "sleep 1; yes | head -c 20000000; echo end",
-    ]));
+    let script = "until [ -e /go ]; do echo waiting; sleep 0.1; done; yes | head -c 20000000; echo end";
+    ok(&hull.run(&["run", "-d", "--name", "loud", "busybox", "/bin/sh", "-c", script]));
     let mut stalled = hull.command(&["attach", "loud"]).spawn().unwrap();
-    std::thread::sleep(Duration::from_secs(3));
+    read_until(&mut stalled, "waiting\n");
+    ok(&hull.run(&["exec", "loud", "/bin/touch", "/go"]));
+    // However long it lasts: so much fits into no buffer on the way.
+    std::thread::sleep(Duration::from_secs(2));
     assert_eq!(state(&hull, "loud"), "running");
     // Another container is not concerned.
     assert_eq!(
@@ -150,7 +141,7 @@ fn container_that_removes_itself_ends_with_its_reader() {
     let mut child = hull.command(&["run", "--rm", "busybox", "yes"]).spawn().unwrap();
     read_until(&mut child, "y\ny\n");
     drop(child.stdout.take());
-    assert!(wait_for(&mut child, SOON).is_some());
+    assert!(wait_for(&mut child, PATIENCE).is_some());
     assert_eq!(hull.settle(), Vec::<String>::new());
 }
 
@@ -183,7 +174,7 @@ fn keys_detach_from_a_terminal_and_what_is_typed_behind_them_is_for_the_caller()
         program.env(key, value.unwrap_or_default());
     }
     let mut terminal = Terminal::spawn(&program);
-    assert!(eventually(SOON, || state(&hull, "box") == "running"));
+    assert!(eventually(PATIENCE, || state(&hull, "box") == "running"));
     terminal.send(b"one\n");
     terminal.expect("one\r\none");
     // A beginning of the keys that goes on otherwise is forwarded: cat's terminal shows ^P.
@@ -211,8 +202,9 @@ fn keys_detach_even_from_a_container_that_reads_nothing() {
         "/bin/sleep",
         "1000",
     ]));
-    assert!(eventually(SOON, || state(&hull, "box") == "running"));
-    std::thread::sleep(Duration::from_millis(300));
+    assert!(eventually(PATIENCE, || state(&hull, "box") == "running"));
+    // In line mode the terminal itself throws away what is too long for a line, the keys with it.
+    assert!(eventually(PATIENCE, || !terminal.is_cooked()));
     for _ in 0..64 {
         terminal.send([b'x'; 4096]);
     }

@@ -4,9 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use hull_tests::hull::{Hull, Outcome, eventually, finish};
-
-const SOON: Duration = Duration::from_secs(20);
+use hull_tests::hull::{Hull, Outcome, PATIENCE, eventually, finish};
 
 fn ok(outcome: &Outcome) -> String {
     assert_eq!(outcome.code(), 0, "{outcome:?}");
@@ -48,13 +46,13 @@ fn detached_container_runs_on_and_is_stopped_started_and_removed() {
     let again = hull.run(&["run", "-d", "--name", "web", "busybox", "/bin/true"]);
     assert_eq!(again.code(), 125, "{again:?}");
     assert!(again.stderr.contains("already in use"), "{again:?}");
-    assert!(eventually(SOON, || !log_lines(&hull, &id).is_empty()));
+    assert!(eventually(PATIENCE, || !log_lines(&hull, &id).is_empty()));
     // It ends by the code it chose, and stays.
     assert_eq!(ok(&hull.run(&["stop", "web"])), "web");
     assert_eq!(state(&hull, "web"), "exited");
     assert!(field(&hull, "web", "Status").starts_with("Exited (3) "));
     assert_eq!(ok(&hull.run(&["wait", "web"])), "3");
-    assert_eq!(hull.leftovers(), Vec::<String>::new());
+    assert_eq!(hull.settle(), Vec::<String>::new());
     // By the beginning of its id.
     assert_eq!(ok(&hull.run(&["start", &id[..8]])), &id[..8]);
     assert_eq!(state(&hull, "web"), "running");
@@ -130,15 +128,19 @@ fn paused_container_stands_still_and_can_be_stopped() {
     };
     let script = "trap 'exit 0' TERM; while :; do echo tick; sleep 0.05; done";
     let id = ok(&hull.run(&["run", "-d", "--name", "clock", "busybox", "/bin/sh", "-c", script]));
-    assert!(eventually(SOON, || !log_lines(&hull, &id).is_empty()));
+    assert!(eventually(PATIENCE, || !log_lines(&hull, &id).is_empty()));
     assert_eq!(ok(&hull.run(&["pause", "clock"])), "clock");
     assert_eq!(state(&hull, "clock"), "paused");
     // A name is no matter of the guest.
     ok(&hull.run(&["rename", "clock", "stopwatch"]));
     ok(&hull.run(&["rename", "stopwatch", "clock"]));
     // What was under way when the vCPUs stopped may still arrive.
-    std::thread::sleep(Duration::from_millis(300));
-    let ticks = log_lines(&hull, &id).len();
+    let mut ticks = log_lines(&hull, &id).len();
+    assert!(eventually(PATIENCE, || {
+        std::thread::sleep(Duration::from_millis(500));
+        let before = std::mem::replace(&mut ticks, log_lines(&hull, &id).len());
+        before == ticks
+    }));
     std::thread::sleep(Duration::from_millis(500));
     assert_eq!(log_lines(&hull, &id).len(), ticks);
     let refused = hull.run(&["exec", "clock", "/bin/true"]);
@@ -146,7 +148,7 @@ fn paused_container_stands_still_and_can_be_stopped() {
     assert!(refused.stderr.contains("paused"), "{refused:?}");
     assert_eq!(hull.run(&["pause", "clock"]).code(), 1);
     ok(&hull.run(&["unpause", "clock"]));
-    assert!(eventually(SOON, || log_lines(&hull, &id).len() > ticks));
+    assert!(eventually(PATIENCE, || log_lines(&hull, &id).len() > ticks));
     ok(&hull.run(&["pause", "clock"]));
     ok(&hull.run(&["stop", "clock"]));
     assert!(field(&hull, "clock", "Status").starts_with("Exited (0) "));
@@ -223,19 +225,21 @@ fn waiting_command_gets_the_exit_code_when_there_is_one() {
         "sleep 1; exit 9",
     ]));
     assert_eq!(ok(&hull.run(&["wait", "job"])), "9");
-    // One that removes itself tells it all the same.
+    // One that removes itself tells it all the same, to who has asked before.
+    let script = "until [ -e /go ]; do sleep 0.05; done; exit 8";
     ok(&hull.run(&[
-        "run",
-        "-d",
-        "--rm",
-        "--name",
-        "gone",
-        "busybox",
-        "/bin/sh",
-        "-c",
-        "sleep 1; exit 8",
+        "run", "-d", "--rm", "--name", "gone", "busybox", "/bin/sh", "-c", script,
     ]));
-    assert_eq!(ok(&hull.run(&["wait", "gone"])), "8");
+    let waiting = hull.command(&["wait", "gone"]).spawn().expect("hull starts");
+    // Its only socket is its connection to the monitor.
+    let files = PathBuf::from(format!("/proc/{}/fd", waiting.id()));
+    let is_socket = |file: fs::DirEntry| {
+        fs::read_link(file.path()).is_ok_and(|target| target.to_string_lossy().starts_with("socket:"))
+    };
+    let asked = || fs::read_dir(&files).is_ok_and(|files| files.flatten().any(is_socket));
+    assert!(eventually(PATIENCE, asked));
+    ok(&hull.run(&["exec", "gone", "/bin/touch", "/go"]));
+    assert_eq!(ok(&finish(waiting)), "8");
     assert_eq!(hull.run(&["wait", "gone"]).code(), 1);
 }
 

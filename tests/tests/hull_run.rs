@@ -1,6 +1,6 @@
 //! `hull run` as people use it: what goes in arrives, what comes out is what the container said.
 
-use hull_tests::hull::Hull;
+use hull_tests::hull::{Hull, PATIENCE, eventually};
 
 #[test]
 fn command_runs_in_its_own_kernel_and_its_exit_code_comes_back() {
@@ -234,9 +234,7 @@ fn redis_answers_ping_and_keeps_a_value() {
         .spawn()
         .unwrap();
     let client = |arguments: &[&str]| hull.run(&[&["exec", "r", "redis-cli"], arguments].concat());
-    let up = hull_tests::hull::eventually(std::time::Duration::from_secs(60), || {
-        client(&["ping"]).text() == "PONG"
-    });
+    let up = eventually(PATIENCE, || client(&["ping"]).text() == "PONG");
     assert!(up, "redis never answered");
     assert_eq!(client(&["set", "k", "kept"]).text(), "OK");
     assert_eq!(client(&["get", "k"]).text(), "kept");
@@ -244,7 +242,7 @@ fn redis_answers_ping_and_keeps_a_value() {
         i32::try_from(server.id()).unwrap(),
         nix::sys::signal::Signal::SIGTERM,
     );
-    let status = hull_tests::hull::wait_for(&mut server, std::time::Duration::from_secs(30));
+    let status = hull_tests::hull::wait_for(&mut server, PATIENCE);
     // redis ends by itself on SIGTERM, with 0.
     assert_eq!(status.and_then(|status| status.code()), Some(0));
     assert_eq!(hull.settle(), Vec::<String>::new());

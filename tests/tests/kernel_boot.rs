@@ -3,8 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::time::Duration;
-
+use hull_tests::hull::PATIENCE;
 use hull_tests::kernel_guest::Guest;
 use hull_tests::kernel_vm::{Entry, KernelVm, Machine, Run};
 use serde_json::Value;
@@ -26,7 +25,7 @@ fn init_report(run: &Run) -> Value {
 fn boots(machine: Machine, vcpus: u8) -> Option<Value> {
     let vm = KernelVm::prepare(machine, Guest::Minimal)?
         .vcpus(vcpus)
-        .timeout(Duration::from_secs(90));
+        .timeout(PATIENCE);
     let report = init_report(&vm.run().unwrap());
     assert_eq!(report["cpus"], vcpus, "{report}");
     Some(report)
@@ -102,7 +101,7 @@ fn boots_in_a_row(count: u32) {
         let Some(vm) = KernelVm::prepare(Machine::Hull(Entry::Linux64), Guest::Minimal) else {
             return;
         };
-        let run = vm.vcpus(vcpus).timeout(Duration::from_secs(30)).run().unwrap();
+        let run = vm.vcpus(vcpus).timeout(PATIENCE).run().unwrap();
         run.verdict()
             .unwrap_or_else(|wrong| panic!("boot {} of {count}, {vcpus} vCPUs: {wrong}", round + 1));
         milliseconds.push(run.elapsed.as_millis());

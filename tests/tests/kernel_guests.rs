@@ -13,7 +13,7 @@ fn run(machine: Machine, guest: Guest, vcpus: u8) -> Option<Run> {
     let vm = KernelVm::prepare(machine, guest)?
         .vcpus(vcpus)
         .memory_mib(256)
-        .timeout(Duration::from_secs(240));
+        .timeout(Duration::from_secs(600));
     Some(vm.run().unwrap())
 }
 

@@ -36,7 +36,7 @@ fn every_boot_protocol_reaches_init_on_stock_kvm_amd() {
             vcpus: 1,
         },
     ];
-    let (guests, console) = boot(&configurations, Duration::from_secs(240)).unwrap();
+    let (guests, console) = boot(&configurations, Duration::from_secs(600)).unwrap();
     for guest in guests {
         assert_eq!(guest.exit, Some(0), "{}: {console}", guest.name);
         assert!(

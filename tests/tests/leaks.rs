@@ -1,10 +1,10 @@
 //! Many runs, one after the other and at once: none fails, and the machine holds nothing afterwards that it didn't hold before.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hull_tests::footprint::{Footprint, open_files};
-use hull_tests::hull::{Hull, eventually, finish};
+use hull_tests::hull::{Hull, PATIENCE, eventually, finish};
 
 /// The counts of one test must not see another's containers come and go in shared places.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -15,14 +15,12 @@ fn alone() -> MutexGuard<'static, ()> {
 
 /// What is more than before once everything had time to go.
 fn grown(hull: &Hull, before: &Footprint) -> Vec<String> {
-    let begin = Instant::now();
-    loop {
-        let more = Footprint::of(hull).beyond(before);
-        if more.is_empty() || begin.elapsed() > Duration::from_secs(10) {
-            return more;
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    let mut more = Vec::new();
+    eventually(PATIENCE, || {
+        more = Footprint::of(hull).beyond(before);
+        more.is_empty()
+    });
+    more
 }
 
 fn own_files() -> usize {
@@ -185,7 +183,7 @@ fn what_lives_opens_no_more_files_from_exec_to_exec() {
         interrupted.wait().ok();
     }
     assert!(
-        eventually(Duration::from_secs(10), || count() == before),
+        eventually(PATIENCE, || count() == before),
         "{before:?} became {:?}",
         count()
     );

@@ -3,11 +3,9 @@
 use std::process::Child;
 use std::time::Duration;
 
-use hull_tests::hull::{Hull, Outcome, eventually, signal, wait_for};
+use hull_tests::hull::{Hull, Outcome, PATIENCE, eventually, signal, wait_for};
 use hull_tests::runc::Bundle;
 use nix::sys::signal::Signal;
-
-const PATIENCE: Duration = Duration::from_secs(90);
 
 fn succeed(outcome: &Outcome) -> String {
     assert_eq!(outcome.code(), 0, "{outcome:?}");

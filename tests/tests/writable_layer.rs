@@ -3,9 +3,8 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use hull_tests::hull::{Hull, Outcome, eventually};
+use hull_tests::hull::{Hull, Outcome, PATIENCE, eventually};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
@@ -132,10 +131,7 @@ fn a_full_disk_of_the_host_is_an_error_inside_and_no_more() {
         let status = nix::sys::statvfs::statvfs(&disk.0).expect("statvfs");
         status.blocks_available() * status.fragment_size() > 90 << 20
     };
-    assert!(
-        eventually(Duration::from_secs(20), has_space),
-        "the space isn't given back"
-    );
+    assert!(eventually(PATIENCE, has_space), "the space isn't given back");
     let outcome = shell(&hull, "modest", "64m", "echo fine > /file; sync; cat /file");
     assert_eq!(
         (outcome.code(), outcome.text().as_str()),

@@ -24,8 +24,8 @@ const PAGE_SHIFT: u32 = 12;
 const CR3_ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const APIC_BASE_BSP: u64 = 1 << 8;
 const RFLAGS_RESERVED: u64 = 2;
-/// How long the caller waits for the target's thread to react.
-const TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the caller waits for the target's thread to react: long enough for a host that runs more than it can.
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// Offset of `status` in [`Page`].
 const STATUS_OFFSET: u64 = 48;
 

@@ -312,7 +312,7 @@ impl<D: VirtioDevice + MutEventSubscriber + 'static> TestDriver<D> {
 
     /// Runs the event loop until `done`, failing after ten seconds.
     pub fn run_until(&mut self, mut done: impl FnMut(&mut Self) -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(120);
         while !done(self) {
             assert!(Instant::now() < deadline, "the device did not get there");
             self.events.run_with_timeout(10).unwrap();

@@ -324,10 +324,10 @@ mod tests {
                 matches!(work, Work::Run)
             }
         });
-        assert!(control.wait_held(Duration::from_secs(5)));
+        assert!(control.wait_held(Duration::from_secs(60)));
         control.order(Order::Run);
         assert!(thread.join().unwrap());
-        assert!(control.wait_ended(Duration::from_secs(5)));
+        assert!(control.wait_ended(Duration::from_secs(60)));
     }
 
     #[test]
@@ -365,13 +365,13 @@ mod tests {
             },
         };
         assert_eq!(
-            control.start_ap(state.clone(), Duration::from_secs(5)),
+            control.start_ap(state.clone(), Duration::from_secs(60)),
             StartOutcome::Started
         );
         control.order(Order::Stop);
         thread.join().unwrap();
         assert_eq!(
-            control.start_ap(state, Duration::from_secs(5)),
+            control.start_ap(state, Duration::from_secs(60)),
             StartOutcome::Failed
         );
     }

@@ -37,7 +37,7 @@ const FLUSH: u32 = u32::MAX - 1;
 
 /// How long the guest's packets stay unreported to it when nothing else interrupts it, and small progress of its data
 /// untold. Hardly anybody waits for either, while an interrupt each would cost the guest more than the packet.
-const FLUSH_DELAY: Duration = Duration::from_millis(2);
+pub(super) const FLUSH_DELAY: Duration = Duration::from_millis(2);
 /// How often a guest that provides buffers one by one is served before other devices are.
 const MAX_ROUNDS: usize = 16;
 /// Packets unreported at most, if the ring has room for four times as many.

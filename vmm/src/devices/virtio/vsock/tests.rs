@@ -7,6 +7,7 @@ use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::connection::BUF_ALLOC;
+use super::device::FLUSH_DELAY;
 use super::packet::{HEADER_LEN, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM};
 use super::table::MAX_ENTRIES;
 use super::*;
@@ -15,6 +16,8 @@ use crate::devices::virtio::test_driver::{
 };
 use crate::devices::virtio::{DeviceMetrics, lock};
 
+/// Bounds a hang on a busy machine, and judges no speed.
+const PATIENCE: Duration = Duration::from_secs(120);
 const CID: u64 = 3;
 const RX: usize = 0;
 const TX: usize = 1;
@@ -71,7 +74,7 @@ impl Guest {
 
     fn connect_host(&self) -> UnixStream {
         let stream = UnixStream::connect(self.dir.path().join("vsock")).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream
     }
 
@@ -102,7 +105,7 @@ impl Guest {
 
     /// The next packet, which must come.
     fn expect(&mut self, op: Op) -> (Header, Vec<u8>) {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         while self.inbox.is_empty() {
             assert!(Instant::now() < deadline, "no {op:?} came");
             self.driver.run_turns(1);
@@ -447,7 +450,7 @@ fn no_more_is_sent_than_the_guest_has_room_for() {
         (sent, host)
     });
     let mut got = Vec::new();
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + PATIENCE;
     while got.len() < 300_000 {
         assert!(Instant::now() < deadline);
         guest.driver.run_turns(4);
@@ -500,12 +503,20 @@ fn packets_of_the_guest_are_reported_in_bulk_or_after_a_while() {
     let mut guest = Guest::ready(vec![]);
     let (mut host, port) = guest.establish(1);
     guest.driver.run_until(|driver| driver.take_interrupts() > 0);
-    thread::sleep(Duration::from_millis(5));
-    guest.driver.run();
-    guest.driver.take_interrupts();
-    guest.send_data(port, 1, b"x");
-    assert_eq!(guest.driver.take_interrupts(), 0, "nothing that is urgent");
-    read_some(&mut host, 1);
+    // Only what was quicker than the delay tells anything; a busy machine may need several attempts for one that is.
+    let was_quick = (0..1000).any(|_| {
+        thread::sleep(Duration::from_millis(5));
+        guest.driver.run();
+        guest.driver.take_interrupts();
+        let begin = Instant::now();
+        guest.send_data(port, 1, b"x");
+        let interrupts = guest.driver.take_interrupts();
+        let quick = begin.elapsed() < FLUSH_DELAY;
+        assert!(!quick || interrupts == 0, "nothing that is urgent");
+        read_some(&mut host, 1);
+        quick
+    });
+    assert!(was_quick);
     guest.driver.run_until(|driver| driver.take_interrupts() > 0);
 }
 
