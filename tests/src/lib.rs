@@ -11,5 +11,6 @@ pub mod kernel_vm;
 pub mod outer_vm;
 pub mod pty;
 pub mod registry;
+pub mod relay;
 pub mod runc;
 pub mod soak_root;

@@ -1,6 +1,6 @@
 //! Images and containers looked at and removed: `image …`, `inspect`, `prune`, `--format`.
 
-use hull_tests::hull::{Hull, Outcome, finish};
+use hull_tests::hull::{Hull, Outcome, PATIENCE, eventually, finish};
 use serde_json::Value;
 
 fn one_line(outcome: &Outcome) -> &str {
@@ -164,6 +164,59 @@ fn figures_of_a_running_container_are_shown_and_without_a_terminal_only_once() {
     );
     assert!(hull.run(&["top"]).text().starts_with("NAME"));
     assert_eq!(hull.run(&["rm", "-f", "busy"]).code(), 0);
+    assert_eq!(hull.settle(), Vec::<String>::new());
+}
+
+/// The processor time of a process, in microseconds, as its `/proc/PID/stat` has it.
+fn processor_time_us(stat: &str) -> u64 {
+    let (_, rest) = stat.rsplit_once(')').expect("a name in parentheses");
+    let ticks = |field: &str| field.parse::<u64>().expect("a number");
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    // The 14th and 15th of all, in hundredths of a second.
+    (ticks(fields[11]) + ticks(fields[12])) * 10_000
+}
+
+#[test]
+fn figures_follow_what_a_container_does() {
+    let Some(hull) = Hull::with_images(&["busybox"]) else {
+        return;
+    };
+    let script = "sleep 1000 & sleep 1000 & exec sleep 1000";
+    let options = ["run", "-d", "--name", "counted", "--storage-opt", "size=64m"];
+    let started = hull.run(&[&options[..], &["busybox", "sh", "-c", script]].concat());
+    assert_eq!(started.code(), 0, "{started:?}");
+    let figure = |name: &str| {
+        let stats = json(&hull.run(&["stats", "--no-stream", "--format", "json", "counted"]));
+        stats[name]
+            .as_u64()
+            .unwrap_or_else(|| panic!("no {name} in {stats}"))
+    };
+    let exec = |script: &str| {
+        let outcome = hull.run(&["exec", "counted", "sh", "-c", script]);
+        assert_eq!(outcome.code(), 0, "{outcome:?}");
+        outcome.text()
+    };
+    assert!(eventually(PATIENCE, || figure("PIDs") == 3));
+
+    let before = figure("MemoryCurrentBytes");
+    exec("dd if=/dev/zero of=/dev/shm/held bs=1M count=20 2>/dev/null");
+    let grown = figure("MemoryCurrentBytes").saturating_sub(before);
+    assert!((18 << 20..40 << 20).contains(&grown), "20 MiB are {grown}");
+
+    let before = figure("IoWriteBytes");
+    exec("dd if=/dev/zero of=/written bs=1M count=8 conv=fsync 2>/dev/null");
+    let grown = figure("IoWriteBytes") - before;
+    assert!((8 << 20..24 << 20).contains(&grown), "8 MiB are {grown}");
+
+    let before = figure("CpuUsageUs");
+    let stat = exec("i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; cat /proc/$$/stat");
+    let (used, grown) = (processor_time_us(&stat), figure("CpuUsageUs") - before);
+    // What the shell says, to a tick, and what it took to start it.
+    assert!(
+        (used.saturating_sub(20_000)..used + used / 2 + 1_000_000).contains(&grown),
+        "{used} us are {grown}"
+    );
+    assert_eq!(hull.run(&["rm", "-f", "counted"]).code(), 0);
     assert_eq!(hull.settle(), Vec::<String>::new());
 }
 

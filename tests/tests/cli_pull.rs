@@ -1,11 +1,14 @@
 //! Images from a registry: pull, login, and `run` of an image that isn't here yet.
 
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Command;
 
-use hull_tests::hull::{Hull, Outcome, finish};
+use hull_tests::hull::{Hull, Outcome, PATIENCE, eventually, finish, signal};
 use hull_tests::registry::Registry;
+use hull_tests::relay::Relay;
+use nix::sys::signal::Signal;
 
 struct World {
     hull: Hull,
@@ -155,4 +158,45 @@ fn login_is_checked_kept_privately_used_and_forgotten() {
 fn mode(path: &Path) -> u32 {
     let metadata = std::fs::metadata(path).expect("the login was kept");
     metadata.permissions().mode() & 0o777
+}
+
+#[test]
+fn pull_that_is_interrupted_leaves_no_image_and_the_next_goes_on() {
+    let Some(world) = World::new(false) else { return };
+    world
+        .registry
+        .push(&world.hull.layout("busybox"), "team/busybox:1");
+    let relay = Relay::start(world.registry.port());
+    let reference = format!("127.0.0.1:{}/team/busybox:1", relay.port());
+    // Before the registry has said anything, and in the middle of the layer.
+    for (how, bytes) in [
+        (Signal::SIGINT, 0),
+        (Signal::SIGINT, 200_000),
+        (Signal::SIGTERM, 300_000),
+        (Signal::SIGKILL, 100_000),
+    ] {
+        let before = relay.held_up();
+        relay.hold_after(bytes);
+        let child = world
+            .command(&["pull", "-q", &reference])
+            .spawn()
+            .expect("hull starts");
+        assert!(eventually(PATIENCE, || relay.held_up() > before));
+        signal(i32::try_from(child.id()).expect("pids are small"), how);
+        let outcome = finish(child);
+        // What a shell makes 128 and the signal's number of.
+        assert_eq!(outcome.status.signal(), Some(how as i32), "{outcome:?}");
+        assert_eq!(outcome.stderr, "", "{outcome:?}");
+        assert_eq!(
+            world.run(&["images", "-aq"]).text(),
+            "",
+            "{how} after {bytes} bytes"
+        );
+        assert_eq!(world.hull.settle(), Vec::<String>::new());
+    }
+    relay.open();
+    let pulled = world.run(&["pull", "-q", &reference]);
+    assert_eq!(pulled.code(), 0, "{pulled:?}");
+    assert_eq!(world.run(&["run", "--rm", &reference, "true"]).code(), 0);
+    assert_eq!(world.hull.settle(), Vec::<String>::new());
 }
