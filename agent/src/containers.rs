@@ -548,10 +548,14 @@ impl Table {
             WaitStatus::Exited(_, code) => (Outcome::ExitCode(code.unsigned_abs() & 0xff), false),
             _ => return None,
         };
-        let oom_kills = container.cgroup.oom_kills();
+        // Asked only where it decides: looking it up takes longer than everything else here.
+        let oom_kills = if outcome == Outcome::Signal(Signal::SIGKILL as u32) {
+            container.cgroup.oom_kills()
+        } else {
+            container.oom_kills_seen
+        };
         let exit = WaitProcessResponse {
-            oom_killed: outcome == Outcome::Signal(Signal::SIGKILL as u32)
-                && oom_kills > container.oom_kills_seen,
+            oom_killed: oom_kills > container.oom_kills_seen,
             outcome: Some(outcome),
             core_dumped,
             exited_at_ns: init::boot_time_ns(),

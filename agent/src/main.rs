@@ -2,7 +2,7 @@
 //! and reaps.
 //!
 //! Threads: the main thread accepts RPC connections; one accepts streams; one reaps; one per connection of the
-//! host; one per stream of a process. None of them wakes up without cause.
+//! host; one per stream of a process, and of these a few that wait for the next. None of them wakes up without cause.
 //!
 //! Invariants:
 //! - It never ends: a panic aborts, which the kernel turns into a stop of the microVM that the host reports.
@@ -20,6 +20,7 @@ mod init;
 mod log;
 mod process;
 mod process_list;
+mod pump;
 mod rootfs;
 mod rpc;
 mod stdio;
@@ -27,6 +28,7 @@ mod sys;
 mod terminal;
 mod user;
 mod vsock;
+mod workers;
 
 use std::{io::Write as _, process::ExitCode, sync::Arc, thread};
 

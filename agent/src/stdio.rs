@@ -7,8 +7,8 @@
 use std::{
     collections::HashMap,
     fs::File,
-    io::{Read as _, Write as _},
-    os::fd::{AsRawFd as _, OwnedFd},
+    io::{ErrorKind, Read as _, Write as _},
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -20,42 +20,69 @@ use agent_protocol::{
 };
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, open},
+    fcntl::{FcntlArg, OFlag, fcntl, open},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
-        socket::{Shutdown, setsockopt, shutdown, sockopt},
+        socket::{Shutdown, SockFlag, shutdown},
         stat::Mode,
-        time::{TimeVal, TimeValLike as _},
     },
     unistd::{dup, pipe2},
 };
 
-use crate::{error::AgentError, log::log, terminal::Terminal, vsock};
+use crate::{
+    error::AgentError,
+    log::log,
+    pump::{self, Direction},
+    terminal::Terminal,
+    vsock, workers,
+};
 
 /// How long the host may take for the header, and for attaching what it declared.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Streams that wait for their process; beyond it the oldest is closed.
 const MAX_WAITING: usize = 1024;
-/// One read or write of a pump. As large as the pipe.
-const BUFFER_BYTES: usize = 256 * 1024;
+/// A header and what may have come behind it.
+const HEADER_BUFFER_BYTES: usize = 1024;
+/// One read or write of a terminal, which passes no more at a time.
+const BUFFER_BYTES: usize = 4096;
+
+/// A stream of the host.
+#[derive(Debug)]
+pub struct Arrived {
+    /// Non-blocking.
+    socket: File,
+    /// What came with its header.
+    ahead: Vec<u8>,
+    since: Instant,
+}
+
+impl Arrived {
+    /// To be read and written by whoever may wait for the host: what was read already, and the rest.
+    pub fn into_blocking(self) -> Result<(Vec<u8>, File), AgentError> {
+        fcntl(&self.socket, FcntlArg::F_SETFL(OFlag::empty()))
+            .map_err(AgentError::setup("preparing a stream"))?;
+        Ok((self.ahead, self.socket))
+    }
+}
 
 /// Streams that have arrived and whose process hasn't started.
 #[derive(Debug, Default)]
 pub struct Streams {
-    waiting: Mutex<HashMap<StreamHeader, (Instant, File)>>,
+    waiting: Mutex<HashMap<StreamHeader, Arrived>>,
     arrived: Condvar,
 }
 
 impl Streams {
-    fn offer(&self, header: StreamHeader, socket: File) {
+    fn offer(&self, header: StreamHeader, stream: Arrived) {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         if waiting.len() >= MAX_WAITING {
             let oldest = waiting
                 .iter()
-                .min_by_key(|(_, (since, _))| *since)
+                .min_by_key(|(_, stream)| stream.since)
                 .map(|(header, _)| header.clone());
             oldest.and_then(|header| waiting.remove(&header));
         }
-        waiting.insert(header, (Instant::now(), socket));
+        waiting.insert(header, stream);
         self.arrived.notify_all();
     }
 
@@ -66,12 +93,12 @@ impl Streams {
     }
 
     /// Takes a stream, waiting for it to arrive.
-    pub fn take(&self, header: &StreamHeader) -> Result<File, AgentError> {
+    pub fn take(&self, header: &StreamHeader) -> Result<Arrived, AgentError> {
         let deadline = Instant::now() + PATIENCE;
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            if let Some((_, socket)) = waiting.remove(header) {
-                return Ok(socket);
+            if let Some(stream) = waiting.remove(header) {
+                return Ok(stream);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -87,7 +114,7 @@ impl Streams {
     /// Accepts streams for ever.
     pub fn serve(self: &Arc<Self>, listener: &OwnedFd) {
         loop {
-            let socket = match vsock::accept_host(listener) {
+            let socket = match vsock::accept_host(listener, SockFlag::SOCK_NONBLOCK) {
                 Ok(socket) => socket,
                 Err(errno) => {
                     log!("accepting a stream: {errno}");
@@ -97,28 +124,41 @@ impl Streams {
             };
             // The header follows the connection at once; a host that stalls here stalls only itself.
             match read_header(socket) {
-                Ok((header, socket)) => self.offer(header, socket),
+                Ok((header, stream)) => self.offer(header, stream),
                 Err(error) => log!("reading a stream's header: {error}"),
             }
         }
     }
 }
 
-fn read_header(mut socket: File) -> Result<(StreamHeader, File), Box<dyn std::error::Error>> {
-    let limit = |milliseconds| TimeVal::milliseconds(milliseconds);
-    setsockopt(
-        &socket,
-        sockopt::ReceiveTimeout,
-        &limit(i64::try_from(PATIENCE.as_millis())?),
-    )?;
-    let mut fixed = [0; FIXED_BYTES];
-    socket.read_exact(&mut fixed)?;
-    let fixed = FixedPart::parse(fixed)?;
-    let mut ids = vec![0; fixed.remaining_bytes()];
-    socket.read_exact(&mut ids)?;
-    let header = fixed.complete(&ids)?;
-    setsockopt(&socket, sockopt::ReceiveTimeout, &limit(0))?;
-    Ok((header, socket))
+/// Reads a header, and whatever came with it, in one go if it is there in one piece.
+fn read_header(mut socket: File) -> Result<(StreamHeader, Arrived), Box<dyn std::error::Error>> {
+    let since = Instant::now();
+    let mut buffer = [0; HEADER_BUFFER_BYTES];
+    let mut filled = 0;
+    loop {
+        let left = PATIENCE.saturating_sub(since.elapsed());
+        let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut fds, PollTimeout::try_from(left)?)? == 0 {
+            return Err(std::io::Error::from(ErrorKind::TimedOut).into());
+        }
+        match socket.read(&mut buffer[filled..]) {
+            Ok(0) => return Err(std::io::Error::from(ErrorKind::UnexpectedEof).into()),
+            Ok(length) => filled += length,
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let Some((fixed, rest)) = buffer[..filled].split_first_chunk::<FIXED_BYTES>() else {
+            continue;
+        };
+        let fixed = FixedPart::parse(*fixed)?;
+        // It is at most half of the buffer.
+        if let Some((ids, ahead)) = rest.split_at_checked(fixed.remaining_bytes()) {
+            let header = fixed.complete(ids)?;
+            let ahead = ahead.to_vec();
+            return Ok((header, Arrived { socket, ahead, since }));
+        }
+    }
 }
 
 /// The agent's ends of a process's streams.
@@ -183,8 +223,9 @@ impl StdinCloser {
 pub struct Connected {
     /// (from, to)
     outputs: Vec<(Arc<File>, Arc<File>)>,
-    /// (from, to)
-    input: Option<(Arc<File>, Arc<File>)>,
+    /// (from, what was read of it, to)
+    input: Option<(Arc<File>, Vec<u8>, Arc<File>)>,
+    has_terminal: bool,
 }
 
 impl AgentEnds {
@@ -202,39 +243,50 @@ impl AgentEnds {
                 exec_id: exec_id.to_owned(),
                 stream,
             };
-            streams.take(&header).map(Arc::new)
+            streams.take(&header)
         };
         if let Some(terminal) = self.terminal {
             if !self.attach_terminal {
                 return Ok(Connected {
                     outputs: Vec::new(),
                     input: None,
+                    has_terminal: true,
                 });
             }
-            let socket = take(Stream::Terminal)?;
+            // Both directions share it, and each of their threads waits in its own read or write.
+            let (ahead, socket) = take(Stream::Terminal)?.into_blocking()?;
+            let socket = Arc::new(socket);
             return Ok(Connected {
                 outputs: vec![(Arc::clone(&terminal), Arc::clone(&socket))],
-                input: Some((socket, terminal)),
+                input: Some((socket, ahead, terminal)),
+                has_terminal: true,
             });
         }
         let mut outputs = Vec::new();
         for (end, stream) in [(self.stdout, Stream::Stdout), (self.stderr, Stream::Stderr)] {
             if let Some(end) = end {
-                outputs.push((Arc::new(File::from(end)), take(stream)?));
+                outputs.push((Arc::new(File::from(end)), Arc::new(take(stream)?.socket)));
             }
         }
         let input = match self.stdin {
-            Some(end) => Some((take(Stream::Stdin)?, Arc::new(File::from(end)))),
+            Some(end) => {
+                let Arrived { socket, ahead, .. } = take(Stream::Stdin)?;
+                Some((Arc::new(socket), ahead, Arc::new(File::from(end))))
+            }
             None => None,
         };
-        Ok(Connected { outputs, input })
+        Ok(Connected {
+            outputs,
+            input,
+            has_terminal: false,
+        })
     }
 }
 
 impl Connected {
     /// What ends the process's stdin.
     pub fn closer(&self) -> Option<StdinCloser> {
-        let (socket, _) = self.input.as_ref()?;
+        let (socket, ..) = self.input.as_ref()?;
         Some(StdinCloser {
             socket: Arc::clone(socket),
         })
@@ -242,37 +294,44 @@ impl Connected {
 
     /// Starts to move bytes.
     pub fn move_bytes(self) -> Result<(), AgentError> {
+        let is_terminal = self.has_terminal;
         for (from, to) in self.outputs {
-            pump("output", from, to, true)?;
+            spawn(move || {
+                run(&from, &to, Direction::Output, is_terminal);
+                let _ = shutdown(to.as_raw_fd(), Shutdown::Write);
+            })?;
         }
         match self.input {
-            Some((from, to)) => pump("input", from, to, false),
+            Some((from, ahead, to)) => spawn(move || {
+                if (&*to).write_all(&ahead).is_ok() {
+                    run(&from, &to, Direction::Input, is_terminal);
+                }
+            }),
             None => Ok(()),
         }
     }
 }
 
-/// Moves bytes from one end to the other on a thread, until either ends.
-fn pump(name: &str, from: Arc<File>, to: Arc<File>, to_host: bool) -> Result<(), AgentError> {
-    thread::Builder::new()
-        .name(name.to_owned())
-        .stack_size(64 * 1024)
-        .spawn(move || {
-            copy(&from, &to);
-            if to_host {
-                let _ = shutdown(to.as_raw_fd(), Shutdown::Write);
-            }
-        })
-        .map(drop)
-        .map_err(|error| {
-            AgentError::setup("starting a stream's thread")(
-                error.raw_os_error().map_or(Errno::EAGAIN, Errno::from_raw),
-            )
-        })
+fn spawn(body: impl FnOnce() + Send + 'static) -> Result<(), AgentError> {
+    workers::spawn(body).map_err(|error| {
+        AgentError::setup("starting a stream's thread")(
+            error.raw_os_error().map_or(Errno::EAGAIN, Errno::from_raw),
+        )
+    })
 }
 
+/// Moves bytes from one end to the other, until either ends: whichever it was, there is nothing more to do.
+fn run(from: &File, to: &File, direction: Direction, is_terminal: bool) {
+    if is_terminal {
+        copy(from, to);
+    } else {
+        let _ = pump::move_all(from, to, direction);
+    }
+}
+
+/// Between a terminal and the host, whose one socket both directions share.
 fn copy(mut from: &File, mut to: &File) {
-    let mut buffer = vec![0; BUFFER_BYTES];
+    let mut buffer = [0; BUFFER_BYTES];
     loop {
         match from.read(&mut buffer) {
             Ok(0) => return,
@@ -281,7 +340,7 @@ fn copy(mut from: &File, mut to: &File) {
                     return;
                 }
             }
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
             // A terminal whose other end was closed by its last user gives EIO: its end of file.
             Err(_) => return,
         }

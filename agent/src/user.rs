@@ -134,12 +134,16 @@ fn read_beneath(root: impl AsFd, path: &str) -> String {
     };
     let file = File::from(fd);
     // A FIFO or device in place of the file would be read for ever.
-    let regular = file.metadata().is_ok_and(|metadata| {
+    let Some(metadata) = file.metadata().ok().filter(|metadata| {
         let kind = metadata.file_type();
         kind.is_file() && !kind.is_fifo() && !kind.is_char_device()
-    });
-    let mut bytes = Vec::new();
-    if !regular || file.take(MAX_FILE_BYTES).read_to_end(&mut bytes).is_err() {
+    }) else {
+        return String::new();
+    };
+    // With room for all of it, and a byte to see its end: each further read is an exit on a PVM host.
+    let length = metadata.len().min(MAX_FILE_BYTES);
+    let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or(0) + 1);
+    if file.take(MAX_FILE_BYTES).read_to_end(&mut bytes).is_err() {
         return String::new();
     }
     String::from_utf8_lossy(&bytes).into_owned()

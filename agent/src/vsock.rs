@@ -7,10 +7,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    sys::socket::{
-        AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept4, bind, connect, getpeername, listen,
-        socket,
-    },
+    sys::socket::{AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, connect, listen, socket},
 };
 
 /// The host's context id, the only peer the agent talks to.
@@ -35,20 +32,34 @@ pub fn listen_on(port: u32) -> Result<OwnedFd, Errno> {
 }
 
 /// The next connection from the host. A peer inside the microVM is turned away.
-#[expect(unsafe_code, reason = "takes over the descriptor of accept4")]
-pub fn accept_host(listener: &OwnedFd) -> Result<File, Errno> {
+pub fn accept_host(listener: &OwnedFd, flags: SockFlag) -> Result<File, Errno> {
     loop {
-        let fd = match accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
-            Ok(fd) => fd,
-            Err(Errno::EINTR | Errno::ECONNABORTED) => continue,
+        match accept(listener, flags | SockFlag::SOCK_CLOEXEC) {
+            Ok((stream, HOST_CID)) => return Ok(stream),
+            Ok(_) | Err(Errno::EINTR | Errno::ECONNABORTED) => {}
             Err(errno) => return Err(errno),
-        };
-        // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
-        let stream = unsafe { File::from_raw_fd(fd) };
-        if getpeername::<VsockAddr>(stream.as_raw_fd()).is_ok_and(|peer| peer.cid() == HOST_CID) {
-            return Ok(stream);
         }
     }
+}
+
+/// A connection and its peer's context id, which one system call gives together.
+#[expect(
+    unsafe_code,
+    reason = "calls accept4 for the peer's address, which nix leaves out"
+)]
+fn accept(listener: &OwnedFd, flags: SockFlag) -> Result<(File, u32), Errno> {
+    const LENGTH: usize = size_of::<libc::sockaddr_vm>();
+    let mut length = LENGTH as libc::socklen_t;
+    // SAFETY: a plain structure of integers, for which zeroes are values.
+    let mut peer: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    let address = (&raw mut peer).cast();
+    // SAFETY: the address and its length are valid and as large as they say.
+    let fd = unsafe { libc::accept4(listener.as_raw_fd(), address, &raw mut length, flags.bits()) };
+    let fd = Errno::result(fd)?;
+    // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+    let stream = unsafe { File::from_raw_fd(fd) };
+    let whole = length as usize == LENGTH && i32::from(peer.svm_family) == libc::AF_VSOCK;
+    Ok((stream, if whole { peer.svm_cid } else { libc::VMADDR_CID_ANY }))
 }
 
 /// Connects to a port of the host.

@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{self, BufReader, BufWriter},
+    io::{self, BufReader, BufWriter, Read as _},
     sync::Arc,
 };
 
@@ -129,8 +129,12 @@ impl Connection {
                 let root = containers.open_root(&asked.container_id)?;
                 responder.succeed(&files::stat(&root, &asked.path, asked.follow)?);
             }
-            Archive::NAME => responder.succeed(&self.archive(&decode_as::<Archive>(request)?)?),
+            Archive::NAME => {
+                responder.send_waiting();
+                responder.succeed(&self.archive(&decode_as::<Archive>(request)?)?);
+            }
             Extract::NAME => {
+                responder.send_waiting();
                 self.extract(&decode_as::<Extract>(request)?)?;
                 responder.succeed(&Empty::default());
             }
@@ -145,7 +149,7 @@ impl Connection {
     }
 
     fn archive(&self, request: &ArchiveRequest) -> Result<PathStat, AgentError> {
-        let stream = self.take_stream(&request.container_id, &request.stream_id, Stream::Stdout)?;
+        let (_, stream) = self.take_stream(&request.container_id, &request.stream_id, Stream::Stdout)?;
         let root = self.containers.open_root(&request.container_id)?;
         // The stream's end is the archive's, and comes before the answer.
         let to = BufWriter::with_capacity(STREAM_BUFFER_BYTES, &stream);
@@ -153,24 +157,32 @@ impl Connection {
     }
 
     fn extract(&self, request: &ExtractRequest) -> Result<(), AgentError> {
-        let stream = self.take_stream(&request.container_id, &request.stream_id, Stream::Stdin)?;
+        let (ahead, stream) = self.take_stream(&request.container_id, &request.stream_id, Stream::Stdin)?;
         let root = self.containers.open_root(&request.container_id)?;
         let rules = files::Rules {
             keep_kinds: request.keep_kinds,
             keep_owners: request.keep_owners,
         };
-        let mut from = BufReader::with_capacity(STREAM_BUFFER_BYTES, &stream);
+        let mut from = ahead
+            .as_slice()
+            .chain(BufReader::with_capacity(STREAM_BUFFER_BYTES, &stream));
         files::unpack(&root, &request.path, &rules, &mut from)?;
         // What follows the archive's end, so that the host isn't left writing.
         io::copy(&mut from, &mut io::sink()).map(drop).or(Ok(()))
     }
 
-    fn take_stream(&self, container_id: &str, id: &str, stream: Stream) -> Result<File, AgentError> {
-        self.containers.streams.take(&StreamHeader {
+    fn take_stream(
+        &self,
+        container_id: &str,
+        id: &str,
+        stream: Stream,
+    ) -> Result<(Vec<u8>, File), AgentError> {
+        let header = StreamHeader {
             container_id: container_id.to_owned(),
             exec_id: id.to_owned(),
             stream,
-        })
+        };
+        self.containers.streams.take(&header)?.into_blocking()
     }
 
     fn connect(&mut self, request: &ConnectRequest) -> Result<ConnectResponse, AgentError> {
@@ -215,11 +227,11 @@ fn power_off() {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs::File, io::Read as _, sync::Mutex};
+    use std::{fs::File, io::Read as _};
 
     use agent_protocol::{Message as _, frame::HEADER_BYTES};
 
-    use super::*;
+    use super::{super::Sender, *};
 
     fn connection() -> Connection {
         Connection::new(
@@ -243,8 +255,8 @@ mod tests {
     /// Handles a request; gives what was answered.
     fn handle(connection: &mut Connection, request: &Request) -> Result<Vec<u8>, AgentError> {
         let (mut read, write) = std::io::pipe().unwrap();
-        let socket = Arc::new(Mutex::new(File::from(std::os::fd::OwnedFd::from(write))));
-        connection.handle(request, &Responder { socket, stream_id: 1 })?;
+        let sender = Arc::new(Sender::new(File::from(std::os::fd::OwnedFd::from(write))));
+        connection.handle(request, &Responder { sender, stream_id: 1 })?;
         let mut answer = Vec::new();
         read.read_to_end(&mut answer).unwrap();
         Ok(answer)
