@@ -26,15 +26,71 @@ pub(crate) struct JsonFile {
 
 /// Appends one entry, as a line, to `out`.
 pub(crate) fn encode(out: &mut Vec<u8>, stream: &str, time: &str, piece: &[u8]) {
-    out.extend_from_slice(b"{\"log\":");
-    let text = String::from_utf8_lossy(piece);
-    // Writing to memory can't fail.
-    if serde_json::to_writer(&mut *out, text.as_ref()).is_err() {
-        out.extend_from_slice(b"\"\"");
+    out.extend_from_slice(b"{\"log\":\"");
+    if std::str::from_utf8(piece).is_ok() {
+        escape(out, piece);
+    } else {
+        for chunk in piece.utf8_chunks() {
+            escape(out, chunk.valid().as_bytes());
+            if !chunk.invalid().is_empty() {
+                out.extend_from_slice("\u{fffd}".as_bytes());
+            }
+        }
     }
-    for part in [",\"stream\":\"", stream, "\",\"time\":\"", time, "\"}\n"] {
+    for part in ["\",\"stream\":\"", stream, "\",\"time\":\"", time, "\"}\n"] {
         out.extend_from_slice(part.as_bytes());
     }
+}
+
+/// Appends text as it is inside of a JSON string: most of it in one go, because a container may print faster than a
+/// general serialiser writes.
+fn escape(out: &mut Vec<u8>, text: &[u8]) {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let mut rest = text;
+    while let Some(plain) = find_special(rest) {
+        out.extend_from_slice(&rest[..plain]);
+        let byte = rest[plain];
+        let short = match byte {
+            b'\n' => b'n',
+            b'\t' => b't',
+            b'\r' => b'r',
+            0x08 => b'b',
+            0x0c => b'f',
+            b'"' | b'\\' => byte,
+            _ => 0,
+        };
+        if short == 0 {
+            let digits = [DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 0xf)]];
+            out.extend_from_slice(&[b'\\', b'u', b'0', b'0', digits[0], digits[1]]);
+        } else {
+            out.extend_from_slice(&[b'\\', short]);
+        }
+        rest = &rest[plain + 1..];
+    }
+    out.extend_from_slice(rest);
+}
+
+/// Where the first byte is that a JSON string can't have as it is: a control character, a quote or a backslash.
+fn find_special(text: &[u8]) -> Option<usize> {
+    const ONES: u64 = u64::MAX / 255;
+    const HIGH: u64 = ONES << 7;
+    let is_special = |byte: &u8| *byte < 0x20 || *byte == b'"' || *byte == b'\\';
+    let (words, rest) = text.as_chunks::<8>();
+    for (index, word) in words.iter().enumerate() {
+        let word = u64::from_le_bytes(*word);
+        // The high bit of each byte that is less than 0x20, and of each that is zero once it has met its own: exact up to
+        // the first such byte, behind which a borrow may show more. Bytes above 0x7f are none.
+        let control = word.wrapping_sub(ONES * 0x20);
+        let zero = |byte: u8| {
+            (word ^ (ONES * u64::from(byte))).wrapping_sub(ONES) & !(word ^ (ONES * u64::from(byte)))
+        };
+        let special = ((control & !word) | zero(b'"') | zero(b'\\')) & HIGH;
+        if special != 0 {
+            return Some(index * 8 + special.trailing_zeros() as usize / 8);
+        }
+    }
+    let at = rest.iter().position(is_special)?;
+    Some(words.len() * 8 + at)
 }
 
 fn rotated(path: &Path, number: u32) -> PathBuf {
@@ -144,6 +200,22 @@ mod tests {
             String::from_utf8(out).unwrap(),
             "{\"log\":\"a \\\"b\\\"\\u001b\u{fffd}\\n\",\"stream\":\"stderr\",\"time\":\"2026-01-02T03:04:05.000000006Z\"}\n"
         );
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn entry_of_any_bytes_is_what_a_serialiser_writes(
+            bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300),
+            text in ".*",
+        ) {
+            for piece in [bytes.as_slice(), text.as_bytes()] {
+                let mut out = Vec::new();
+                encode(&mut out, "stdout", "T", piece);
+                let log = serde_json::to_string(&String::from_utf8_lossy(piece)).unwrap();
+                let expected = format!("{{\"log\":{log},\"stream\":\"stdout\",\"time\":\"T\"}}\n");
+                proptest::prop_assert_eq!(String::from_utf8(out).unwrap(), expected);
+            }
+        }
     }
 
     #[test]

@@ -24,6 +24,9 @@ const DEFAULT_MAX_BYTES: u64 = 10_000_000;
 const DEFAULT_MAX_FILES: u32 = 3;
 /// Smaller files would be rotated at every line.
 const MIN_MAX_BYTES: u64 = 4096;
+/// Encoded output is written when it is as much: little enough to stay in the processor's cache and to need no fresh
+/// memory each time.
+const ENCODED_BYTES: usize = 64 << 10;
 /// More files than anybody looks through.
 const MAX_MAX_FILES: u32 = 1000;
 
@@ -229,8 +232,19 @@ impl LogWriter {
             Driver::JsonFile(file) => {
                 let time = jiff::Timestamp::now().to_string();
                 let mut encoded = Vec::new();
-                pieces(&mut |piece| json_file::encode(&mut encoded, stream.name(), &time, piece));
-                file.write(&encoded)
+                let mut result = Ok(());
+                pieces(&mut |piece| {
+                    json_file::encode(&mut encoded, stream.name(), &time, piece);
+                    if encoded.len() >= ENCODED_BYTES {
+                        // Whole lines; after a failure the rest is tried all the same.
+                        let written = file.write(&encoded);
+                        encoded.clear();
+                        if written.is_err() {
+                            result = written;
+                        }
+                    }
+                });
+                result.and(file.write(&encoded))
             }
             Driver::Journald(journal) => {
                 let mut result = Ok(());

@@ -24,10 +24,10 @@ use crate::log_driver::{LogWriter, OutputStream};
 
 use super::sink::Sink;
 
-/// One reading.
-const BUFFER_BYTES: usize = 256 * 1024;
+/// One reading. Its memory is fresh for each turn, which costs more than a further system call does.
+const BUFFER_BYTES: usize = 64 * 1024;
 /// Readings before others get their turn.
-const READINGS: usize = 16;
+const READINGS: usize = 64;
 /// How long a client may take nothing while others wait for it.
 const STALL_PATIENCE: Duration = Duration::from_secs(10);
 /// What is kept for a client of a container that has exited already: more than the guest can still have.
