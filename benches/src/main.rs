@@ -8,6 +8,7 @@ mod density;
 mod guest;
 mod harness;
 mod idle;
+mod import;
 mod report;
 mod run;
 mod stats;
@@ -47,6 +48,8 @@ enum Verb {
     Density(density::DensityArgs),
     /// How fast bytes go into and out of a container, beside runc
     Stdio(stdio::StdioArgs),
+    /// From an image layout to what a container can run on, beside umoci
+    Import(import::ImportArgs),
 }
 
 fn main() -> ExitCode {
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         Verb::Workloads(args) => workloads::run(args, &cli.out),
         Verb::Density(args) => density::run(args, &cli.out),
         Verb::Stdio(args) => stdio::run(args, &cli.out),
+        Verb::Import(args) => import::run(args, &cli.out),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,7 +1,8 @@
 //! `hull-bench stdio`: how fast bytes go into and out of a container, by `run` and by `exec`, beside runc.
 //!
 //! The container says "go" when it is ready and the time is taken from there: to the last byte read from it, or to its word
-//! that it has read the last byte given to it.
+//! that it has read the last byte given to it. What it prints is text in lines, as of a program that logs; zeroes, of which the
+//! log's JSON makes six bytes each, and no log at all are shown beside.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
@@ -42,27 +43,48 @@ pub fn run(args: &StdioArgs, out: &Path) -> Result<()> {
     let id = waits.id("runc");
     let mib = args.mib;
     let blocks = u64::from(mib) * 16;
-    let give = format!("echo go; exec dd if=/dev/zero bs=64k count={blocks} 2>/dev/null");
+    let zeroes = format!("echo go; exec dd if=/dev/zero bs=64k count={blocks} 2>/dev/null");
+    let text = format!(
+        "yes '2026-01-02T03:04:05 INFO worker=7 handled GET /index.html in 1234 us' | head -c 8388608 >/dev/shm/text; \
+         echo go; i=0; while [ $i -lt {} ]; do cat /dev/shm/text; i=$((i+1)); done; rm /dev/shm/text",
+        mib / 8
+    );
+    let scripts = Scripts { zeroes, text };
     let take = "echo go; cat >/dev/null; echo done";
     let mut contenders = [
         Contender {
             name: "hull".to_owned(),
             run: Box::new(|| {
-                let run = |script| world.hull(&["run", "--rm", "-i", "busybox", "sh", "-c", script]);
-                let exec = |script| world.hull(&["exec", "-i", "bench", "sh", "-c", script]);
-                all(mib, &give, take, run, exec)
+                let run = |script: &str| world.hull(&["run", "--rm", "-i", "busybox", "sh", "-c", script]);
+                let exec = |script: &str| world.hull(&["exec", "-i", "bench", "sh", "-c", script]);
+                let mut figures = all(mib, &scripts, take, run, exec)?;
+                let mut unlogged = world.hull(&[
+                    "run",
+                    "--rm",
+                    "--log-driver",
+                    "none",
+                    "busybox",
+                    "sh",
+                    "-c",
+                    &scripts.text,
+                ]);
+                figures.insert(
+                    "run_stdout_unlogged_mb_per_s".to_owned(),
+                    out_of(&mut unlogged, mib)?,
+                );
+                Ok(figures)
             }),
         },
         Contender {
             name: "runc".to_owned(),
             run: Box::new(|| {
-                let run = |script| {
+                let run = |script: &str| {
                     // A failure shows when runc reads it.
                     comes.configure(&["sh", "-c", script]).ok();
                     comes.run("runc")
                 };
-                let exec = |script| waits.command("runc", &["exec", &id, "sh", "-c", script]);
-                all(mib, &give, take, run, exec)
+                let exec = |script: &str| waits.command("runc", &["exec", &id, "sh", "-c", script]);
+                all(mib, &scripts, take, run, exec)
             }),
         },
     ];
@@ -80,19 +102,28 @@ pub fn run(args: &StdioArgs, out: &Path) -> Result<()> {
     Ok(())
 }
 
-fn all<'a>(
+/// What a container prints.
+struct Scripts {
+    zeroes: String,
+    text: String,
+}
+
+fn all(
     mib: u32,
-    give: &'a str,
-    take: &'a str,
-    run: impl Fn(&'a str) -> Command,
-    exec: impl Fn(&'a str) -> Command,
+    scripts: &Scripts,
+    take: &str,
+    run: impl Fn(&str) -> Command,
+    exec: impl Fn(&str) -> Command,
 ) -> Result<Figures> {
-    Ok(Figures::from([
-        ("run_stdout_mb_per_s".to_owned(), out_of(&mut run(give), mib)?),
-        ("run_stdin_mb_per_s".to_owned(), into(&mut run(take), mib)?),
-        ("exec_stdout_mb_per_s".to_owned(), out_of(&mut exec(give), mib)?),
-        ("exec_stdin_mb_per_s".to_owned(), into(&mut exec(take), mib)?),
-    ]))
+    let mut figures = Figures::new();
+    let mut insert = |name: &str, rate: f64| figures.insert(format!("{name}_mb_per_s"), rate);
+    insert("run_stdout", out_of(&mut run(&scripts.text), mib)?);
+    insert("run_stdout_zeroes", out_of(&mut run(&scripts.zeroes), mib)?);
+    insert("run_stdin", into(&mut run(take), mib)?);
+    insert("exec_stdout", out_of(&mut exec(&scripts.text), mib)?);
+    insert("exec_stdout_zeroes", out_of(&mut exec(&scripts.zeroes), mib)?);
+    insert("exec_stdin", into(&mut exec(take), mib)?);
+    Ok(figures)
 }
 
 fn rate(mib: u32, begin: Instant) -> f64 {

@@ -37,6 +37,11 @@ impl World {
         Ok(world)
     }
 
+    /// The folder all of it is in.
+    pub fn root(&self) -> &std::path::Path {
+        self.root.path()
+    }
+
     /// `hull ARGUMENTS` in this world.
     pub fn hull(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
