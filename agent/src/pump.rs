@@ -1,7 +1,8 @@
 //! Moves bytes between a process's pipe and a stream of the host, inside the kernel.
 //!
 //! A pass is one system call, and no memory of the agent is touched: each of both would cost a PVM host's guest an exit.
-//! A pipe that is once found full becomes larger, so that a process that prints much runs longer between two passes.
+//! A pipe that is once found full becomes larger, and its thread no longer interrupts the process whenever there is something
+//! to move: a process that prints much runs until it has to wait, instead of changing places with the thread each time.
 //!
 //! Thread: one for each direction of each stream.
 //!
@@ -15,6 +16,8 @@ use nix::{
     fcntl::{FcntlArg, SpliceFFlags, fcntl, splice},
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
+
+use crate::sys;
 
 /// What one pass may move, and what a pipe that was once full can hold from then on. The most that doesn't need more
 /// than the kernel's `pipe-max-size`.
@@ -37,14 +40,15 @@ pub fn move_all(from: &File, to: &File, direction: Direction) -> Result<(), Errn
         Direction::Output => (to, from, PollFlags::POLLOUT),
         Direction::Input => (from, to, PollFlags::POLLIN),
     };
-    let mut is_large = false;
+    let mut bulk = None;
     loop {
         match splice(from, None, to, None, LARGE_PIPE_BYTES, SpliceFFlags::empty()) {
             Ok(0) => return Ok(()),
             Ok(length) => {
-                if length >= PIPE_BYTES && !std::mem::replace(&mut is_large, true) {
+                if length >= PIPE_BYTES && bulk.is_none() {
                     // One that can't be made larger works as well, in more passes.
                     let _ = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(LARGE_PIPE_BYTES as libc::c_int));
+                    bulk = Some(Yielding::begin());
                 }
             }
             Err(Errno::EINTR) => {}
@@ -57,6 +61,24 @@ pub fn move_all(from: &File, to: &File, direction: Direction) -> Result<(), Errn
             }
             Err(errno) => return Err(errno),
         }
+    }
+}
+
+/// While it exists, this thread waits for its turn when it is woken up.
+struct Yielding;
+
+impl Yielding {
+    fn begin() -> Self {
+        // A refusal costs time only.
+        let _ = sys::set_batch(true);
+        Self
+    }
+}
+
+impl Drop for Yielding {
+    fn drop(&mut self) {
+        // The thread's next work may be urgent.
+        let _ = sys::set_batch(false);
     }
 }
 

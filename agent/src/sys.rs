@@ -31,6 +31,19 @@ struct CloneArguments {
     cgroup: u64,
 }
 
+/// Makes this thread one that doesn't take the processor from others when it wakes up, or an ordinary one again.
+pub fn set_batch(batch: bool) -> Result<(), Errno> {
+    let policy = if batch {
+        libc::SCHED_BATCH
+    } else {
+        libc::SCHED_OTHER
+    };
+    // SAFETY: a plain structure of integers, for which zeroes are values.
+    let parameters: libc::sched_param = unsafe { std::mem::zeroed() };
+    // SAFETY: the parameters live until the call returns; 0 is the calling thread.
+    Errno::result(unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) }).map(drop)
+}
+
 /// Runs `body` in a new process that borrows this one's memory and stack, born in the control group `cgroup`;
 /// returns its id, once it has executed a program or ended.
 ///

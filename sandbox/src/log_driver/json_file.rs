@@ -48,33 +48,43 @@ fn escape(out: &mut Vec<u8>, text: &[u8]) {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let mut rest = text;
     while let Some(plain) = find_special(rest) {
-        out.extend_from_slice(&rest[..plain]);
-        let byte = rest[plain];
-        let short = match byte {
-            b'\n' => b'n',
-            b'\t' => b't',
-            b'\r' => b'r',
-            0x08 => b'b',
-            0x0c => b'f',
-            b'"' | b'\\' => byte,
-            _ => 0,
-        };
-        if short == 0 {
-            let digits = [DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 0xf)]];
-            out.extend_from_slice(&[b'\\', b'u', b'0', b'0', digits[0], digits[1]]);
-        } else {
-            out.extend_from_slice(&[b'\\', short]);
+        let (before, after) = rest.split_at(plain);
+        out.extend_from_slice(before);
+        // They often come together, as zeroes do.
+        let special = after.iter().take_while(|byte| is_special(**byte)).count();
+        let (special, after) = after.split_at(special);
+        out.reserve(special.len() * 6);
+        for byte in special {
+            let short = match byte {
+                b'\n' => b'n',
+                b'\t' => b't',
+                b'\r' => b'r',
+                0x08 => b'b',
+                0x0c => b'f',
+                b'"' | b'\\' => *byte,
+                _ => 0,
+            };
+            if short == 0 {
+                let digits = [byte >> 4, byte & 0xf].map(|digit| DIGITS[usize::from(digit)]);
+                out.extend_from_slice(&[b'\\', b'u', b'0', b'0', digits[0], digits[1]]);
+            } else {
+                out.extend_from_slice(&[b'\\', short]);
+            }
         }
-        rest = &rest[plain + 1..];
+        rest = after;
     }
     out.extend_from_slice(rest);
 }
 
-/// Where the first byte is that a JSON string can't have as it is: a control character, a quote or a backslash.
+/// What a JSON string can't have as it is: a control character, a quote or a backslash.
+fn is_special(byte: u8) -> bool {
+    byte < 0x20 || byte == b'"' || byte == b'\\'
+}
+
+/// Where the first of these is.
 fn find_special(text: &[u8]) -> Option<usize> {
     const ONES: u64 = u64::MAX / 255;
     const HIGH: u64 = ONES << 7;
-    let is_special = |byte: &u8| *byte < 0x20 || *byte == b'"' || *byte == b'\\';
     let (words, rest) = text.as_chunks::<8>();
     for (index, word) in words.iter().enumerate() {
         let word = u64::from_le_bytes(*word);
@@ -89,7 +99,7 @@ fn find_special(text: &[u8]) -> Option<usize> {
             return Some(index * 8 + special.trailing_zeros() as usize / 8);
         }
     }
-    let at = rest.iter().position(is_special)?;
+    let at = rest.iter().position(|byte| is_special(*byte))?;
     Some(words.len() * 8 + at)
 }
 
