@@ -19,9 +19,10 @@ use nix::{
 
 use crate::sys;
 
-/// What one pass may move, and what a pipe that was once full can hold from then on. The most that doesn't need more
-/// than the kernel's `pipe-max-size`.
-const LARGE_PIPE_BYTES: usize = 1 << 20;
+/// What a pipe that was once full can hold from then on, the most that the kernel's `pipe-max-size` allows, and what one
+/// pass may move.
+const LARGE_PIPE_BYTES: i32 = 1 << 20;
+const PASS_BYTES: usize = 1 << 20;
 /// What a pipe can hold when it is made.
 const PIPE_BYTES: usize = 64 << 10;
 
@@ -42,12 +43,12 @@ pub fn move_all(from: &File, to: &File, direction: Direction) -> Result<(), Errn
     };
     let mut bulk = None;
     loop {
-        match splice(from, None, to, None, LARGE_PIPE_BYTES, SpliceFFlags::empty()) {
+        match splice(from, None, to, None, PASS_BYTES, SpliceFFlags::empty()) {
             Ok(0) => return Ok(()),
             Ok(length) => {
                 if length >= PIPE_BYTES && bulk.is_none() {
                     // One that can't be made larger works as well, in more passes.
-                    let _ = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(LARGE_PIPE_BYTES as libc::c_int));
+                    let _ = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(LARGE_PIPE_BYTES));
                     bulk = Some(Yielding::begin());
                 }
             }
@@ -161,8 +162,8 @@ mod tests {
         let mut refused = 0;
         while refused < 100 {
             match writer.write(&[7; 4096]) {
-                Ok(_) => refused = 0,
-                Err(_) => {
+                Ok(1..) => refused = 0,
+                _ => {
                     refused += 1;
                     thread::sleep(std::time::Duration::from_millis(1));
                 }

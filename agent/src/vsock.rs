@@ -48,8 +48,9 @@ pub fn accept_host(listener: &OwnedFd, flags: SockFlag) -> Result<File, Errno> {
     reason = "calls accept4 for the peer's address, which nix leaves out"
 )]
 fn accept(listener: &OwnedFd, flags: SockFlag) -> Result<(File, u32), Errno> {
-    const LENGTH: usize = size_of::<libc::sockaddr_vm>();
-    let mut length = LENGTH as libc::socklen_t;
+    const LENGTH: libc::socklen_t = 16;
+    const { assert!(size_of::<libc::sockaddr_vm>() == LENGTH as usize) };
+    let mut length = LENGTH;
     // SAFETY: a plain structure of integers, for which zeroes are values.
     let mut peer: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
     let address = (&raw mut peer).cast();
@@ -58,7 +59,7 @@ fn accept(listener: &OwnedFd, flags: SockFlag) -> Result<(File, u32), Errno> {
     let fd = Errno::result(fd)?;
     // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
     let stream = unsafe { File::from_raw_fd(fd) };
-    let whole = length as usize == LENGTH && i32::from(peer.svm_family) == libc::AF_VSOCK;
+    let whole = length == LENGTH && i32::from(peer.svm_family) == libc::AF_VSOCK;
     Ok((stream, if whole { peer.svm_cid } else { libc::VMADDR_CID_ANY }))
 }
 
