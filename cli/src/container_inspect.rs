@@ -130,7 +130,7 @@ fn host_config(record: &ContainerRecord) -> Value {
         "GroupAdd": confinement.group_add,
         "LogConfig": log_config(&spec.log),
         "Memory": spec.memory_mib.saturating_mul(1 << 20),
-        "NanoCpus": u64::from(spec.vcpus).saturating_mul(1_000_000_000),
+        "NanoCpus": u64::from(spec.cpu_limit_milli.unwrap_or(u32::from(spec.vcpus) * 1000)) * 1_000_000,
         "NetworkMode": "none",
         "OomScoreAdj": confinement.oom_score_adj.unwrap_or(0),
         "PidsLimit": spec.pids_limit,

@@ -49,7 +49,7 @@ pub struct ContainerOptions {
     /// Memory of the microVM, in bytes or with a suffix b, k, m, g; the guest gives back what it doesn't use
     #[arg(short, long, default_value = DEFAULT_MEMORY, value_parser = parse_memory)]
     memory: Memory,
-    /// CPUs; the microVM has that many vCPUs, rounded up
+    /// CPUs; the microVM has that many vCPUs, rounded up, and a fraction bounds their time
     #[arg(long, default_value = "1", value_parser = parse_cpus)]
     cpus: Cpus,
     /// Set an environment variable: NAME=VALUE, or NAME to take it from here
@@ -110,6 +110,8 @@ struct Memory {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Cpus {
     vcpus: u8,
+    /// Thousandths of a CPU, where that isn't all of the vCPUs.
+    limit_milli: Option<u32>,
 }
 
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
@@ -139,13 +141,17 @@ fn parse_memory(text: &str) -> Result<Memory, String> {
 
 fn parse_cpus(text: &str) -> Result<Cpus, String> {
     let number: f64 = text.parse().map_err(|_| "expected a number, as in 1.5")?;
-    if !(number > 0.0 && number <= 16.0) {
-        return Err("expected a number above 0 and up to 16".into());
+    if !(0.01..=16.0).contains(&number) {
+        return Err("expected a number from 0.01 to 16".into());
     }
-    let vcpus = (1..=16_u8)
-        .find(|vcpus| f64::from(*vcpus) >= number)
-        .unwrap_or(16);
-    Ok(Cpus { vcpus })
+    // What the kernel counts by; docker rounds so, too.
+    let milli = (1..=16_000_u32).find(|milli| f64::from(*milli) >= number * 1000.0);
+    let vcpus = (1..=16_u8).find(|vcpus| f64::from(*vcpus) >= number);
+    let vcpus = vcpus.unwrap_or(16);
+    Ok(Cpus {
+        vcpus,
+        limit_milli: milli.filter(|milli| *milli < u32::from(vcpus) * 1000),
+    })
 }
 
 /// Where `--cidfile` puts the id: made before the container, so that a file in the way stops nothing half-way.
@@ -319,6 +325,7 @@ impl ContainerOptions {
             tmpfs,
             labels,
             vcpus: self.cpus.vcpus,
+            cpu_limit_milli: self.cpus.limit_milli,
             memory_mib: self.memory.mib,
             log,
             storage_bytes,
@@ -346,9 +353,14 @@ mod tests {
     }
 
     #[test]
-    fn fractions_of_cpus_are_rounded_up() {
-        assert_eq!(parse_cpus("0.5"), Ok(Cpus { vcpus: 1 }));
-        assert_eq!(parse_cpus("1.5"), Ok(Cpus { vcpus: 2 }));
+    fn fraction_of_a_cpu_is_a_whole_one_with_a_limit() {
+        let cpus = |vcpus, limit_milli| Ok(Cpus { vcpus, limit_milli });
+        assert_eq!(parse_cpus("0.5"), cpus(1, Some(500)));
+        assert_eq!(parse_cpus("1.5"), cpus(2, Some(1500)));
+        assert_eq!(parse_cpus("0.01"), cpus(1, Some(10)));
+        assert_eq!(parse_cpus("2"), cpus(2, None));
+        assert_eq!(parse_cpus("16"), cpus(16, None));
+        assert!(parse_cpus("0.001").is_err());
         assert!(parse_cpus("0").is_err());
         assert!(parse_cpus("NaN").is_err());
         assert!(parse_cpus("17").is_err());

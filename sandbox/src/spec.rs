@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use agent_protocol::{
-    CreateContainerRequest, Device, FileContent, Mount, Process, Resources, Sysctl, WindowSize, process,
+    CgroupFile, CreateContainerRequest, Device, FileContent, Mount, Process, Resources, Sysctl, WindowSize,
+    process,
 };
 
 use serde::{Deserialize, Serialize};
@@ -78,6 +79,8 @@ pub struct ContainerSpec {
     pub tmpfs: Vec<(String, Vec<String>)>,
     /// vCPUs of the microVM.
     pub vcpus: u8,
+    /// Processor time, in thousandths of a CPU, where it is less than the vCPUs'.
+    pub cpu_limit_milli: Option<u32>,
     /// Memory of the microVM.
     pub memory_mib: u64,
     /// What the user wants to find it by.
@@ -319,6 +322,7 @@ impl ContainerSpec {
             readonly_paths: paths(&defaults::READONLY_PATHS),
             resources: Some(Resources {
                 pids_max: self.pids_limit.unwrap_or(0),
+                files: self.cpu_limit_milli.map(cpu_max).into_iter().collect(),
                 ..Resources::default()
             })
             .into(),
@@ -333,6 +337,15 @@ impl ContainerSpec {
             device_filter: !self.confinement.privileged && self.confinement.may_mount()?,
             ..CreateContainerRequest::default()
         })
+    }
+}
+
+/// Limits a control group's processor time: so many microseconds in every tenth of a second.
+fn cpu_max(milli: u32) -> CgroupFile {
+    CgroupFile {
+        name: "cpu.max".to_owned(),
+        value: format!("{} 100000", u64::from(milli) * 100),
+        ..CgroupFile::default()
     }
 }
 

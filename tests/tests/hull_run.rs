@@ -201,6 +201,25 @@ fn memory_and_cpus_are_what_was_asked_for() {
 }
 
 #[test]
+fn half_a_cpu_is_one_that_is_held_back() {
+    let Some(hull) = Hull::with_images(&["busybox"]) else {
+        return;
+    };
+    // It ends only if the kernel does hold it back.
+    let script = "nproc; cat /sys/fs/cgroup/cpu.max; until grep -q '^nr_throttled [1-9]' /sys/fs/cgroup/cpu.stat; do :; done";
+    let outcome = hull.run(&[
+        "run", "--name", "half", "--cpus", "0.5", "busybox", "/bin/sh", "-c", script,
+    ]);
+    assert_eq!(
+        (outcome.code(), outcome.text().as_str()),
+        (0, "1\n50000 100000"),
+        "{outcome:?}"
+    );
+    let inspected = hull.run(&["inspect", "-f", "{{.HostConfig.NanoCpus}}", "half"]);
+    assert_eq!(inspected.text(), "500000000", "{inspected:?}");
+}
+
+#[test]
 fn ten_at_once_do_not_disturb_each_other() {
     let Some(hull) = Hull::with_images(&["busybox"]) else {
         return;
