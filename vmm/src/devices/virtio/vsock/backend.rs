@@ -218,10 +218,15 @@ impl Backend {
                     .insert(Entry::Greeting { stream, deadline })
                     .map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
                 self.watch(handle, fd, ControlOperation::Add, false)
-                    .inspect_err(|_| drop(self.table.remove(handle)))
+                    .inspect_err(|_| drop(self.table.remove(handle)))?;
+                Ok(handle)
             });
             match watched {
-                Ok(()) => self.remind(deadline),
+                Ok(handle) => {
+                    self.remind(deadline);
+                    // Most greet at once, and several connect together: the guest hears of all of them by one interrupt.
+                    self.process_socket(handle, EventSet::IN);
+                }
                 Err(error) => warn!(%error, "can't take a vsock connection"),
             }
             self.metrics.connections_open_count.set(self.table.len() as u64);
