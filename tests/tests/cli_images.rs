@@ -167,6 +167,41 @@ fn figures_of_a_running_container_are_shown_and_without_a_terminal_only_once() {
     assert_eq!(hull.settle(), Vec::<String>::new());
 }
 
+#[test]
+fn everything_that_lists_or_describes_can_say_it_as_json() {
+    let Some(hull) = Hull::with_images(&["busybox"]) else {
+        return;
+    };
+    let run = ["run", "-d", "--name", "listed", "busybox", "sleep", "1000"];
+    assert_eq!(hull.run(&run).code(), 0);
+    for verb in [
+        &["ps"][..],
+        &["images"],
+        &["image", "ls"],
+        &["image", "history", "busybox"],
+        &["image", "inspect", "busybox"],
+        &["inspect", "listed"],
+        &["stats", "--no-stream"],
+        &["top"],
+        &["top", "listed"],
+        &["doctor"],
+        &["version"],
+    ] {
+        let outcome = hull.run(&[verb, &["--format", "json"]].concat());
+        assert_eq!(outcome.code(), 0, "{verb:?}: {outcome:?}");
+        // One value, or one a line.
+        let values = serde_json::Deserializer::from_slice(&outcome.stdout).into_iter::<Value>();
+        let values: Vec<Value> = values
+            .collect::<Result<_, _>>()
+            .unwrap_or_else(|error| panic!("{verb:?}: {error}: {outcome:?}"));
+        assert!(
+            !values.is_empty() && values.iter().all(|value| value.is_object() || value.is_array()),
+            "{verb:?}: {outcome:?}"
+        );
+    }
+    assert_eq!(hull.run(&["rm", "-f", "listed"]).code(), 0);
+}
+
 /// The processor time of a process, in microseconds, as its `/proc/PID/stat` has it.
 fn processor_time_us(stat: &str) -> u64 {
     let (_, rest) = stat.rsplit_once(')').expect("a name in parentheses");
