@@ -26,14 +26,7 @@ use agent_protocol::{
     CreateContainerRequest, CreateExecRequest, Process, ProcessInfo, ProcessRef, StatsResponse,
     WaitProcessResponse, WindowSize, wait_process_response::Outcome,
 };
-use nix::{
-    errno::Errno,
-    sys::{
-        signal::{Signal, kill},
-        wait::{Id, WaitPidFlag, WaitStatus, waitid},
-    },
-    unistd::Pid,
-};
+use nix::{errno::Errno, sys::signal::Signal};
 
 use crate::{
     cgroup::{Cgroup, Staging},
@@ -45,13 +38,17 @@ use crate::{
     process_list,
     rootfs::MountedRootfs,
     stdio::{self, AgentEnds, StdinCloser, Streams},
-    sys, terminal, user,
+    sys::{self, Ended},
+    terminal, user,
 };
 
 /// Execs of one container that are remembered; beyond it the exited ones are forgotten.
 const MAX_EXECS: usize = 1024;
 
 const CAP_SYS_PTRACE: u64 = 1 << 19;
+
+/// The last real-time signal.
+const LAST_SIGNAL: i32 = 64;
 
 /// Told once when a process has exited.
 pub type Waiter = Box<dyn FnOnce(WaitProcessResponse) + Send>;
@@ -113,7 +110,7 @@ struct Table {
     containers: HashMap<String, Container>,
     /// How many processes are being started, and which have exited before their starters knew their ids.
     starting: usize,
-    unclaimed: HashMap<i32, WaitStatus>,
+    unclaimed: HashMap<i32, Ended>,
 }
 
 /// All containers of this microVM.
@@ -178,6 +175,11 @@ impl Containers {
             stopping: Mutex::new(()),
         });
         let process = request.process.take().unwrap_or_default();
+        let destinations: Vec<String> = request
+            .mounts
+            .iter()
+            .map(|mount| mount.destination.clone())
+            .collect();
         let place = Place::New {
             root: rootfs.root.clone(),
             files: rootfs.files.clone(),
@@ -185,6 +187,10 @@ impl Containers {
             request: Box::new(request),
         };
         let entry = prepare(place, &process, &surroundings)?;
+        if let State::Created { plan, .. } = &entry.state {
+            let mounts = destinations.iter().map(String::as_str);
+            process::lookup::check(&plan.program, &process.cwd, &surroundings.root, mounts)?;
+        }
         let mut table = self.lock();
         if table.containers.contains_key(&id) {
             return Err(AgentError::Exists { id });
@@ -351,15 +357,12 @@ impl Containers {
 
     /// Sends a signal to one process or all of a container.
     pub fn signal(&self, process: &ProcessRef, signal: u32, all: bool) -> Result<(), AgentError> {
-        let signal = match signal {
-            0 => None,
-            number => Some(
-                i32::try_from(number)
-                    .map_err(|_| Errno::EINVAL)
-                    .and_then(Signal::try_from)
-                    .map_err(AgentError::setup(format!("signal {number}")))?,
-            ),
-        };
+        // Real-time signals are numbers beyond those that have names.
+        let signal = i32::try_from(signal)
+            .ok()
+            .filter(|number| (0..=LAST_SIGNAL).contains(number))
+            .ok_or(Errno::EINVAL)
+            .map_err(AgentError::setup(format!("signal {signal}")))?;
         let mut table = self.lock();
         let entry = table.entry(&process.container_id, &process.exec_id)?;
         if !matches!(entry.state, State::Running) {
@@ -370,10 +373,10 @@ impl Containers {
         }
         let pid = entry.pid;
         if !all {
-            return kill(Pid::from_raw(pid), signal).map_err(AgentError::setup("sending the signal"));
+            return sys::kill(pid, signal).map_err(AgentError::setup("sending the signal"));
         }
         let cgroup = &table.container(&process.container_id)?.cgroup;
-        if signal == Some(Signal::SIGKILL) {
+        if signal == Signal::SIGKILL as i32 {
             return cgroup
                 .kill()
                 .map_err(AgentError::setup("killing the control group"));
@@ -383,7 +386,7 @@ impl Containers {
             .into_iter()
             .filter_map(|pid| i32::try_from(pid).ok())
         {
-            match kill(Pid::from_raw(pid), signal) {
+            match sys::kill(pid, signal) {
                 Ok(()) | Err(Errno::ESRCH) => {}
                 Err(errno) => return Err(AgentError::setup("sending the signal")(errno)),
             }
@@ -474,17 +477,14 @@ impl Containers {
     pub fn reap(&self) {
         loop {
             // Look first, take under the lock: see the module's invariant.
-            let seen = waitid(Id::All, WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT);
+            let seen = sys::wait_ended(None, libc::WNOWAIT);
             let mut table = self.lock();
-            let pid = match seen.map(|status| status.pid()) {
-                Ok(Some(pid)) => pid,
+            let pid = match seen {
+                Ok(Some((pid, _))) => pid,
                 Ok(None) | Err(Errno::EINTR) => continue,
                 Err(Errno::ECHILD) => {
                     // Who has started a child since then has rung the bell under the lock, which we hold now.
-                    if waitid(
-                        Id::All,
-                        WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT | WaitPidFlag::WNOHANG,
-                    ) == Err(Errno::ECHILD)
+                    if sys::wait_ended(None, libc::WNOWAIT | libc::WNOHANG) == Err(Errno::ECHILD)
                     {
                         drop(self.spawned.wait(table));
                     }
@@ -495,9 +495,9 @@ impl Containers {
                     continue;
                 }
             };
-            let told = match waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
-                Ok(status) => table.reaped(pid.as_raw(), status),
-                Err(_) => None,
+            let told = match sys::wait_ended(Some(pid), libc::WNOHANG) {
+                Ok(Some((pid, ended))) => table.reaped(pid, ended),
+                _ => None,
             };
             drop(table);
             tell(told);
@@ -526,7 +526,7 @@ impl Table {
     }
 
     /// Takes note of a reaped process.
-    fn reaped(&mut self, pid: i32, status: WaitStatus) -> Told {
+    fn reaped(&mut self, pid: i32, status: Ended) -> Told {
         let told = self.record_exit(pid, status);
         if told.is_none() && self.starting > 0 {
             self.unclaimed.insert(pid, status);
@@ -534,7 +534,7 @@ impl Table {
         told
     }
 
-    fn record_exit(&mut self, pid: i32, status: WaitStatus) -> Told {
+    fn record_exit(&mut self, pid: i32, status: Ended) -> Told {
         let (container, exec_id) = self.containers.values_mut().find_map(|container| {
             let found = container
                 .processes
@@ -544,9 +544,8 @@ impl Table {
             Some((container, exec_id))
         })?;
         let (outcome, core_dumped) = match status {
-            WaitStatus::Signaled(_, signal, core) => (Outcome::Signal(signal as u32), core),
-            WaitStatus::Exited(_, code) => (Outcome::ExitCode(code.unsigned_abs() & 0xff), false),
-            _ => return None,
+            Ended::Signal(signal, core) => (Outcome::Signal(signal.unsigned_abs()), core),
+            Ended::Code(code) => (Outcome::ExitCode(code.unsigned_abs() & 0xff), false),
         };
         // Asked only where it decides: looking it up takes longer than everything else here.
         let oom_kills = if outcome == Outcome::Signal(Signal::SIGKILL as u32) {

@@ -3,6 +3,8 @@
 //! A request that fails never ends PID 1: it becomes a ttRPC status with an [`ErrorDetail`] that a program
 //! can act on, and a message that a person can.
 
+use std::borrow::Cow;
+
 use agent_protocol::{Enum as _, ErrorDetail, ErrorKind, InvalidMessage, frame::StatusCode};
 use nix::errno::Errno;
 
@@ -90,7 +92,7 @@ pub enum AgentError {
         errno: Errno,
     },
     /// The command can't be executed; not found or not executable.
-    #[error("exec: {command:?}: {}", exec_reason(*.errno))]
+    #[error("exec: {command:?}: {}", exec_reason(command, *.errno))]
     Exec {
         /// The command.
         command: String,
@@ -110,13 +112,15 @@ pub enum AgentError {
     StreamsMissing,
 }
 
-fn exec_reason(errno: Errno) -> &'static str {
+/// In the words of runc, which others look for.
+fn exec_reason(command: &str, errno: Errno) -> Cow<'static, str> {
     match errno {
-        Errno::ENOENT => "no such file or directory",
-        Errno::EACCES => "permission denied",
-        Errno::ENOEXEC => "exec format error",
-        Errno::EISDIR => "is a directory",
-        other => other.desc(),
+        Errno::ENOENT if !command.contains('/') => "executable file not found in $PATH".into(),
+        Errno::ENOENT => format!("stat {command}: no such file or directory").into(),
+        Errno::EACCES => "permission denied".into(),
+        Errno::ENOEXEC => "exec format error".into(),
+        Errno::EISDIR => "is a directory".into(),
+        other => other.desc().into(),
     }
 }
 

@@ -111,6 +111,42 @@ pub fn pidfd_open(pid: i32) -> Result<OwnedFd, Errno> {
     unsafe { owned(libc::syscall(libc::SYS_pidfd_open, pid, 0)) }
 }
 
+/// Sends a signal, a real-time one too; 0 only asks whether the process is there.
+pub fn kill(pid: i32, signal: i32) -> Result<(), Errno> {
+    // SAFETY: plain integers; whom it reaches is the caller's choice.
+    Errno::result(unsafe { libc::kill(pid, signal) }).map(drop)
+}
+
+/// How a child ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// By itself, with this code.
+    Code(i32),
+    /// By a signal, which may be a real-time one; and whether it left a core.
+    Signal(i32, bool),
+}
+
+/// Waits for a child, or for any, to end: which, and how. `None` where `flags` say not to wait and none has.
+pub fn wait_ended(child: Option<i32>, flags: i32) -> Result<Option<(i32, Ended)>, Errno> {
+    let (kind, id) = match child {
+        Some(pid) => (libc::P_PID, pid.unsigned_abs()),
+        None => (libc::P_ALL, 0),
+    };
+    let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
+    // SAFETY: `info` is large enough for what the kernel writes, and all zeroes before.
+    let (pid, status, code) = unsafe {
+        Errno::result(libc::waitid(kind, id, info.as_mut_ptr(), libc::WEXITED | flags))?;
+        let info = info.assume_init();
+        (info.si_pid(), info.si_status(), info.si_code)
+    };
+    let ended = match code {
+        _ if pid == 0 => return Ok(None),
+        libc::CLD_EXITED => Ended::Code(status),
+        code => Ended::Signal(status, code == libc::CLD_DUMPED),
+    };
+    Ok(Some((pid, ended)))
+}
+
 /// Marks all descriptors from `first` on close-on-exec.
 pub fn cloexec_from(first: RawFd) -> Result<(), Errno> {
     close_range(first, libc::CLOSE_RANGE_CLOEXEC)
@@ -503,4 +539,25 @@ pub fn set_signal(
 pub fn duplicate_to(fd: BorrowedFd<'_>, target: RawFd) -> Result<(), Errno> {
     // SAFETY: plain integers; the caller gives up `target`.
     Errno::result(unsafe { libc::dup2(fd.as_raw_fd(), target) }).map(drop)
+}
+
+#[cfg(test)]
+mod waiting {
+    use super::*;
+
+    #[test]
+    fn child_that_ends_by_a_real_time_signal_is_told_as_others() {
+        for (script, ended) in [
+            ("exit 3", Ended::Code(3)),
+            ("kill -40 $$", Ended::Signal(40, false)),
+            ("kill -9 $$", Ended::Signal(9, false)),
+        ] {
+            let child = std::process::Command::new("/bin/sh")
+                .args(["-c", script])
+                .spawn()
+                .unwrap();
+            let pid = i32::try_from(child.id()).unwrap();
+            assert_eq!(wait_ended(Some(pid), 0), Ok(Some((pid, ended))), "{script}");
+        }
+    }
 }

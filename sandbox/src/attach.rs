@@ -211,7 +211,7 @@ impl Runtime {
         let mut accepted = accepted.map_err(SandboxError::system("duplicating a descriptor"))?;
         let mut agent = AgentClient::new(rpc);
         let calls = ExecCalls::send(&mut agent, record, &exec_id, process, true).map_err(lost)?;
-        streams.confirm(&mut accepted).map_err(lost)?;
+        streams.confirm([&mut accepted]).map_err(lost)?;
         let wait = calls.finish(&mut agent)?;
         let pumps = streams.start(process.stdin, options.detach_keys.clone())?;
         let attached = Attached {

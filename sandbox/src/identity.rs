@@ -33,6 +33,11 @@ impl SandboxId {
         Ok(Self(bytes.iter().map(|byte| format!("{byte:02x}")).collect()))
     }
 
+    /// The id that stands for something with this digest.
+    pub(crate) fn from_digest(digest: [u8; 32]) -> Self {
+        Self(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
     /// Accepts the name of a sandbox's directory.
     pub(crate) fn from_dir_name(name: &str) -> Option<Self> {
         let valid = name.len() == 64

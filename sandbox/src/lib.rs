@@ -19,6 +19,7 @@
 pub mod agent_client;
 pub mod archive;
 pub mod attach;
+pub mod bundle;
 mod capabilities;
 pub mod confinement;
 mod container_record;
@@ -47,7 +48,7 @@ mod timing;
 mod vmm_client;
 mod wait;
 
-pub use agent_protocol::{PROTOCOL_VERSION as AGENT_PROTOCOL_VERSION, PathStat, ProcessInfo};
+pub use agent_protocol::{PROTOCOL_VERSION as AGENT_PROTOCOL_VERSION, PathStat, ProcessInfo, StatsResponse};
 pub use archive::ArchiveReader;
 pub use container_record::{ContainerRecord, RunInfo, Status};
 pub use detach_keys::DetachKeys;

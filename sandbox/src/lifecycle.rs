@@ -15,7 +15,7 @@ use std::{
     fs::File,
     os::{
         fd::{AsFd as _, BorrowedFd},
-        unix::net::UnixStream,
+        unix::net::{UnixListener, UnixStream},
     },
     time::{Duration, Instant},
 };
@@ -25,7 +25,7 @@ use agent_protocol::{
 };
 
 use crate::{
-    Components, ContainerRecord, ContainerSpec, Result, SandboxError, Status, Timing,
+    Components, ContainerRecord, Result, SandboxError, Status, Timing,
     agent_client::{AgentClient, CALL_TIMEOUT, Pending},
     attach::process_ref,
     container_record::{RunInfo, now_ms},
@@ -92,13 +92,20 @@ fn open_console() -> Result<Option<File>> {
         .map_err(SandboxError::io("creating", path))
 }
 
+/// What a microVM is made of, beside the kernel.
+#[derive(Debug)]
+pub(crate) struct Shape {
+    pub(crate) vcpus: u8,
+    pub(crate) memory_mib: u64,
+    pub(crate) disks: Vec<Disk>,
+}
+
 /// A microVM that runs, and the stream on which its agent will say that it is ready.
-fn boot(
-    sockets: &SocketDir,
+pub(crate) fn boot(
+    vsock: UnixListener,
     vmm: &mut Vmm,
     components: &Components,
-    spec: &ContainerSpec,
-    disks: Vec<Disk>,
+    shape: Shape,
 ) -> Result<UnixStream> {
     let (ready, guest_end) = UnixStream::pair().map_err(SandboxError::system("creating a socket pair"))?;
     let console = open_console()?;
@@ -109,17 +116,30 @@ fn boot(
     };
     let kernel = File::open(&components.kernel).map_err(SandboxError::io("opening", &components.kernel))?;
     let parts = VmParts {
-        vcpus: spec.vcpus,
-        memory_mib: spec.memory_mib,
+        vcpus: shape.vcpus,
+        memory_mib: shape.memory_mib,
         kernel,
         cmdline: format!("{CMDLINE} {verbosity}"),
-        disks,
-        vsock: sockets.listen_vsock()?,
+        disks: shape.disks,
+        vsock,
         guest_port: (READY_PORT, guest_end),
         console,
     };
     vmm.start(&parts)?;
     Ok(ready)
+}
+
+/// Waits until the agent says that it is ready.
+pub(crate) fn wait_ready(vmm: &mut Vmm, ready: &UnixStream, cancel: BorrowedFd<'_>) -> Result<()> {
+    let deadline = Instant::now() + READY_TIMEOUT;
+    if vmm.watch(ready.as_fd(), Some(cancel), deadline)? == Watched::TimedOut {
+        let diagnosis = vmm.diagnosis();
+        return Err(SandboxError::AgentTimeout {
+            timeout: READY_TIMEOUT,
+            diagnosis,
+        });
+    }
+    Ok(())
 }
 
 impl MicroVm {
@@ -140,7 +160,12 @@ impl MicroVm {
         }
         let sockets = launch.run.create(&record.id)?;
         let mut vmm = Vmm::spawn(&components.vmm, &record.id, record.jail_uid())?;
-        let ready = boot(&sockets, &mut vmm, components, &record.spec, disks)?;
+        let shape = Shape {
+            vcpus: record.spec.vcpus,
+            memory_mib: record.spec.memory_mib,
+            disks,
+        };
+        let ready = boot(sockets.listen_vsock()?, &mut vmm, components, shape)?;
         timing.vm_setup_us = microseconds(stopwatch.lap());
         // While the guest boots.
         record.run = Some(RunInfo {
@@ -149,14 +174,7 @@ impl MicroVm {
         });
         home.write(record)?;
 
-        let deadline = Instant::now() + READY_TIMEOUT;
-        if vmm.watch(ready.as_fd(), Some(launch.cancel), deadline)? == Watched::TimedOut {
-            let diagnosis = vmm.diagnosis();
-            return Err(SandboxError::AgentTimeout {
-                timeout: READY_TIMEOUT,
-                diagnosis,
-            });
-        }
+        wait_ready(&mut vmm, &ready, launch.cancel)?;
         let boot_us = microseconds(stopwatch.lap());
         let process = process_ref(record.id.as_str(), "");
         let connect = || sockets.connect_vsock();
@@ -171,7 +189,7 @@ impl MicroVm {
         let create = agent.send::<CreateContainer>(&record.spec.for_agent(&record.id)?)?;
         let start = agent.send::<StartProcess>(&process)?;
         let exit = agent.send::<WaitProcess>(&process)?;
-        streams.confirm(&mut accepted)?;
+        streams.confirm([&mut accepted])?;
         let hello = agent.finish_connect(&connect)?;
         split_boot(&mut timing, boot_us, &hello);
         agent.wait(&create, Some(CALL_TIMEOUT))?;

@@ -320,7 +320,7 @@ pub(crate) struct Input {
 
 /// How reading went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
+pub(crate) enum Step {
     GoOn,
     End,
     Detach,
@@ -350,7 +350,7 @@ impl Input {
 
     /// Moves bytes until stdin ends, the container's stream does, or the keys to detach were typed. Keys are read even
     /// while the container takes no input, so that one can always leave.
-    fn run(&mut self, stdin: BorrowedFd<'_>) -> Step {
+    pub(crate) fn run(&mut self, stdin: BorrowedFd<'_>) -> Step {
         let mut backlog: Vec<u8> = Vec::new();
         let mut buffer = if self.keys.is_some() {
             Vec::new()

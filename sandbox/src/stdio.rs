@@ -80,9 +80,9 @@ fn read_answer(stream: &mut UnixStream) -> io::Result<()> {
     }
 }
 
-/// The streams a process declares to have.
-fn declared(process: &ProcessSpec) -> &'static [Stream] {
-    match (process.terminal, process.stdin) {
+/// The streams a process with or without a terminal, with or without an input, declares to have.
+fn declared(terminal: bool, stdin: bool) -> &'static [Stream] {
+    match (terminal, stdin) {
         (true, _) => &[Stream::Terminal],
         (false, true) => &[Stream::Stdout, Stream::Stderr, Stream::Stdin],
         (false, false) => &[Stream::Stdout, Stream::Stderr],
@@ -105,16 +105,37 @@ impl ProcessStreams {
         (container_id, exec_id): (&str, &str),
         process: &ProcessSpec,
     ) -> Result<(UnixStream, Self)> {
+        Self::open_beside(connect, port, (container_id, exec_id), process.terminal, process.stdin)
+    }
+
+    /// The same for a process of which only that is known that matters.
+    pub(crate) fn open_beside(
+        connect: impl Fn() -> io::Result<UnixStream>,
+        port: u32,
+        ids: (&str, &str),
+        terminal: bool,
+        stdin: bool,
+    ) -> Result<(UnixStream, Self)> {
+        let first =
+            request_port(&connect, port).map_err(|source| SandboxError::AgentConnection { source })?;
+        Ok((first, Self::open(connect, ids, terminal, stdin)?))
+    }
+
+    /// The same without a stream to another port.
+    pub(crate) fn open(
+        connect: impl Fn() -> io::Result<UnixStream>,
+        (container_id, exec_id): (&str, &str),
+        terminal: bool,
+        stdin: bool,
+    ) -> Result<Self> {
         let connection = |source| SandboxError::AgentConnection { source };
-        let request = |port| request_port(&connect, port).map_err(connection);
-        let first = request(port)?;
-        let kinds = declared(process);
+        let kinds = declared(terminal, stdin);
         let mut streams = Self {
             input: None,
             outputs: Vec::with_capacity(kinds.len()),
         };
         for stream in kinds.iter().copied() {
-            let mut connected = request(STDIO_PORT)?;
+            let mut connected = request_port(&connect, STDIO_PORT).map_err(connection)?;
             let header = StreamHeader {
                 container_id: container_id.to_owned(),
                 exec_id: exec_id.to_owned(),
@@ -133,15 +154,16 @@ impl ProcessStreams {
                 Stream::Stdout | Stream::Stderr => streams.outputs.push((stream, connected)),
             }
         }
-        Ok((first, streams))
+        Ok(streams)
     }
 
     /// Waits until the guest has accepted every stream, and `first`.
-    pub(crate) fn confirm(&mut self, first: &mut UnixStream) -> Result<()> {
+    pub(crate) fn confirm<'a>(&'a mut self, first: impl IntoIterator<Item = &'a mut UnixStream>) -> Result<()> {
         let has_terminal = self.outputs.iter().any(|(stream, _)| *stream == Stream::Terminal);
         let input = self.input.iter_mut().filter(|_| !has_terminal);
         let outputs = self.outputs.iter_mut().map(|(_, stream)| stream);
-        std::iter::once(first)
+        first
+            .into_iter()
             .chain(outputs)
             .chain(input)
             .try_for_each(read_answer)

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! target/release/hull, hull-vmm       the programs
+//! target/release/hull-oci             the one Podman, Docker and others run
 //! target/release/agent-root.erofs     the microVM's root: the static agent and empty mount points
 //! target/release/vmlinux              link into the guest kernel's cache
 //! ```
@@ -24,6 +25,7 @@ const AGENT_TARGET: &str = "x86_64-unknown-linux-gnu";
 #[derive(Debug)]
 pub struct Artifacts {
     pub hull: PathBuf,
+    pub oci: PathBuf,
     pub vmm: PathBuf,
     pub kernel: PathBuf,
     pub agent_image: PathBuf,
@@ -34,6 +36,7 @@ impl Artifacts {
     pub fn environment<'a>(&self, command: &'a mut Command) -> &'a mut Command {
         command
             .env("HULL_BIN", &self.hull)
+            .env("HULL_OCI", &self.oci)
             .env("HULL_VMM", &self.vmm)
             .env("HULL_KERNEL", &self.kernel)
             .env("HULL_AGENT_IMAGE", &self.agent_image)
@@ -43,6 +46,7 @@ impl Artifacts {
 impl fmt::Display for Artifacts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "hull          {}", self.hull.display())?;
+        writeln!(f, "hull-oci      {}", self.oci.display())?;
         writeln!(f, "hull-vmm      {}", self.vmm.display())?;
         writeln!(f, "guest kernel  {}", self.kernel.display())?;
         write!(f, "agent image   {}", self.agent_image.display())
@@ -64,8 +68,15 @@ pub fn guest_kernel() -> Result<PathBuf> {
 /// A compiler fails, or a product can't be written.
 pub fn build_all() -> Result<Artifacts> {
     let kernel = guest_kernel()?;
-    step("hull, hull-vmm");
-    check(cargo().args(["build", "--release", "--package", "vmm", "--package", "cli"]))?;
+    step("hull, hull-oci, hull-vmm");
+    check(cargo().args(["build", "--release"]).args([
+        "--package",
+        "vmm",
+        "--package",
+        "cli",
+        "--package",
+        "oci-runtime",
+    ]))?;
     step("hull-agent");
     check(
         cargo()
@@ -87,6 +98,7 @@ pub fn build_all() -> Result<Artifacts> {
     link(&kernel, &kernel_link)?;
     Ok(Artifacts {
         hull: products.join("hull"),
+        oci: products.join("hull-oci"),
         vmm: products.join("hull-vmm"),
         kernel,
         agent_image,

@@ -64,6 +64,11 @@ const RULES: &[Rule] = &[
         why: "front-ends use `sandbox`",
     },
     Rule {
+        package: "oci-runtime",
+        never: &["vmm", "kvm-ioctls", "agent", "tokio"],
+        why: "front-ends use `sandbox`",
+    },
+    Rule {
         package: "benches",
         never: &["vmm", "kvm-ioctls", "agent"],
         why: "benchmarks use `sandbox` or whole commands",

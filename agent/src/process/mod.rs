@@ -8,6 +8,7 @@
 mod child;
 mod credentials;
 mod failure;
+pub mod lookup;
 mod mounts;
 mod program;
 mod scheduling;

@@ -99,8 +99,8 @@ impl Program {
         }
     }
 
-    #[cfg(test)]
-    fn places(&self) -> impl Iterator<Item = &std::ffi::CStr> {
+    /// Where it may be, in the order in which that is tried.
+    pub(super) fn places(&self) -> impl Iterator<Item = &std::ffi::CStr> {
         self.candidates.iter().map(CString::as_c_str)
     }
 }

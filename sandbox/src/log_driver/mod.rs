@@ -137,9 +137,10 @@ impl LogConfig {
 
 /// Which output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum OutputStream {
-    /// Of a terminal, too.
+pub enum OutputStream {
+    /// Its standard output; of a terminal, everything.
     Stdout,
+    /// Its standard error.
     Stderr,
 }
 

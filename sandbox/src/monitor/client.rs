@@ -72,6 +72,11 @@ impl Launcher {
         })
     }
 
+    /// The connection and the process, for who speaks with it by himself.
+    pub(crate) fn into_parts(self) -> (Connection, Child) {
+        (self.connection, self.child)
+    }
+
     /// Hands a container over and waits until its process runs.
     pub(crate) fn launch(
         self,

@@ -10,6 +10,8 @@
 //! the locked home of a container. From then on the container's life is the monitor's: a client may go at any moment. The
 //! microVM ends with the monitor, and the next command finds a home without an owner (`docs/adr/0006-a-monitor-per-container.md`).
 //!
+//! Containers made from bundles have monitors, too; those are `crate::bundle`'s.
+//!
 //! Output goes from the monitor straight to the descriptors a client passed, input from a client straight into the
 //! container's stream: no byte takes a detour.
 
@@ -38,7 +40,7 @@ use rustix::{
 };
 
 use crate::{
-    Components, ContainerRecord, Result, SandboxError, Status,
+    Components, ContainerRecord, Result, SandboxError, Status, bundle,
     container_store::Home,
     lifecycle::{Launch, MicroVm},
     log_driver::{LogConfig, LogWriter},
@@ -49,7 +51,9 @@ use self::server::Server;
 
 pub use client::Launcher;
 pub(crate) use client::{MonitorClient, Running};
+pub(crate) use output::Outputs;
 pub(crate) use protocol::{AttachRequest, Connection, ExitReport, Incoming, Reply, Request};
+pub(crate) use sink::Sink;
 
 /// The hidden verb.
 pub const VERB: &str = "monitor";
@@ -99,6 +103,11 @@ fn serve(mut connection: Connection) {
         return;
     };
     let mut fds = fds.into_iter();
+    let request = match request {
+        Request::LaunchBundle(request) => return bundle::serve_launch(connection, request, fds),
+        Request::ExecBundle(request) => return bundle::serve_exec(connection, request, fds),
+        request => request,
+    };
     let (
         Request::Launch {
             home,

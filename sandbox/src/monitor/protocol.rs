@@ -20,7 +20,7 @@ use std::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use vmm_api::{FrameReader, Received, write_frame};
 
-use crate::{Components, Result, SandboxError, Timing, wait};
+use crate::{Components, Result, SandboxError, Timing, bundle, wait};
 
 /// Longest message; what a container is made of is in its record, not in a message.
 const MAX_MESSAGE_BYTES: usize = 64 * 1024;
@@ -53,6 +53,10 @@ pub(crate) enum Request {
         attach: Option<AttachRequest>,
         client_us: u64,
     },
+    /// Make a container from a bundle.
+    LaunchBundle(bundle::LaunchRequest),
+    /// Run a further process in such a container.
+    ExecBundle(bundle::ExecRequest),
     /// Be given the container's streams.
     Attach(AttachRequest),
     /// Send a signal to the first process, or to all.

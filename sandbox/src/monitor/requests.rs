@@ -38,7 +38,7 @@ impl Server {
                 Err(error) => self.fail(token, &error),
             },
             // Once only, on a connection of its own.
-            Request::Launch { .. } => self.forget(token),
+            Request::Launch { .. } | Request::LaunchBundle(_) | Request::ExecBundle(_) => self.forget(token),
         }
     }
 

@@ -1,0 +1,207 @@
+//! The monitor of a bundle's container, from its start until the container is created.
+//!
+//! What fails here ends the microVM, which is this process's. The rest is the client's to remove, or that of whoever finds
+//! a record that says `creating` in a home without an owner: the control groups are only empty when this process is gone.
+
+use std::{
+    fs::File,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::net::UnixStream,
+    },
+};
+
+use agent_protocol::{CreateContainer, CreateContainerRequest, RPC_PORT};
+use nix::sched::{CloneFlags, setns, unshare};
+
+use super::{
+    cgroup::{HostCgroups, HostLimits, host_path},
+    error::{BundleError, Refusal, Result},
+    home::Home,
+    hooks::state_json,
+    protocol::{LaunchRequest, Reply, Request},
+    record::{BundleRecord, BundleState, BundleStatus},
+    relay::{AllSignals, BundleStdio, Ends},
+    server::Server,
+};
+use crate::{
+    Components, SandboxError,
+    agent_client::{AgentClient, CALL_TIMEOUT},
+    container_record::RunInfo,
+    lifecycle::{Shape, boot, wait_ready},
+    oci_spec::{Network, Policy, Translated, translate},
+    monitor::{Connection, Incoming},
+    rootfs::RootfsSpec,
+    stdio::connect_ports,
+    vmm_client::{Vmm, check_kvm},
+};
+
+/// A microVM in which the container waits to be started.
+#[derive(Debug)]
+pub(super) struct Created {
+    // The order of fields is the order of destruction.
+    pub(super) agent: AgentClient,
+    pub(super) vmm: Vmm,
+    pub(super) ends: Ends,
+    /// Whether the process has an input.
+    pub(super) input: bool,
+    pub(super) signals: AllSignals,
+}
+
+/// Serves one launch; the whole process is its own.
+pub(crate) fn serve(
+    mut connection: Connection,
+    request: LaunchRequest,
+    mut fds: impl Iterator<Item = OwnedFd>,
+) {
+    let Some(dir) = fds.next() else { return };
+    let home = Home::inherited(request.home, dir);
+    let stdio = BundleStdio::planned(request.stdio, fds);
+    let Ok(Some(mut record)) = home.read() else { return };
+    let created = launch(
+        &home,
+        &mut record,
+        &request.components,
+        stdio,
+        &mut connection,
+        (request.hooks, request.systemd_cgroup),
+    );
+    match created.and_then(|created| Server::new(home, record, created)) {
+        Ok(server) => server.run(connection),
+        // What this process was part of can only be removed when it is gone: by the client, or who finds it.
+        Err(error) => drop(connection.send(&Reply::Failed(Refusal::from(&error)), &[])),
+    }
+}
+
+fn launch(
+    home: &Home,
+    record: &mut BundleRecord,
+    components: &Components,
+    stdio: BundleStdio,
+    client: &mut Connection,
+    (hooks, systemd_cgroup): (bool, bool),
+) -> Result<Created> {
+    check_kvm()?;
+    let signals = AllSignals::take()?;
+    let spec = home.spec()?;
+    let policy = Policy {
+        systemd_cgroup,
+        ..Policy::of_host()
+    };
+    let mut translated = translate(&spec, &record.bundle, &policy).map_err(SandboxError::from)?;
+    enter_network(&translated.network)?;
+    let mut cgroups = HostCgroups::planned(&host_path(translated.host_cgroup.as_ref(), &record.id));
+    // Known before they are there, so that who finds this process killed can remove them.
+    record.cgroups = cgroups.directories();
+    record.run = Some(RunInfo::of_this_process()?);
+    home.write(record)?;
+    record.cgroups = cgroups.make()?;
+    cgroups.limit(&HostLimits {
+        memory_bytes: Some(memory_of(translated.memory_mib)),
+        ..HostLimits::of_cpu(&translated.host_resources)
+    })?;
+    cgroups.join()?;
+    if hooks {
+        wait_for_hooks(client)?;
+    }
+    let input = stdio.has_input();
+    let ends = Ends::new(stdio, record.terminal, translated.console_size)?;
+    let request = request_of(record, &mut translated, input);
+    let disks = RootfsSpec::default().open_disks(&components.agent_image)?;
+    let mut vmm = Vmm::spawn(&components.vmm, &record.sandbox_id, record.jail_uid)?;
+    record.run = Some(RunInfo {
+        vmm: Some(vmm.identity),
+        ..RunInfo::of_this_process()?
+    });
+    home.write(record)?;
+    let shape = Shape {
+        vcpus: translated.vcpus,
+        memory_mib: translated.memory_mib,
+        disks,
+    };
+    let ready = boot(home.listen_vsock()?, &mut vmm, components, shape)?;
+    wait_ready(&mut vmm, &ready, client.as_fd())?;
+    let agent = create_in_guest(home, &request)?;
+    record.status = BundleStatus::Created;
+    home.write(record)?;
+    Ok(Created {
+        agent,
+        vmm,
+        ends,
+        input,
+        signals,
+    })
+}
+
+/// What a microVM of this size may use on the host: its memory, and what the VMM needs for itself and to keep files of
+/// the guest at hand.
+fn memory_of(memory_mib: u64) -> u64 {
+    const OVERHEAD_MIB: u64 = 64;
+    (memory_mib + memory_mib / 64 + OVERHEAD_MIB) << 20
+}
+
+/// Goes where the container's network is on the host; what its microVM is connected to is looked for from here.
+fn enter_network(network: &Network) -> Result<()> {
+    match network {
+        Network::Private => unshare(CloneFlags::CLONE_NEWNET)
+            .map_err(SandboxError::system("making a network namespace"))
+            .map_err(Into::into),
+        Network::Join(path) => {
+            let file = File::open(path).map_err(SandboxError::io("opening the network namespace", path))?;
+            setns(file, CloneFlags::CLONE_NEWNET)
+                .map_err(|errno| SandboxError::io("joining the network namespace", path)(errno.into()))
+                .map_err(Into::into)
+        }
+    }
+}
+
+/// Lets the client run its hooks, which may change the root filesystem and the network.
+fn wait_for_hooks(client: &mut Connection) -> Result<()> {
+    client
+        .send(&Reply::Prepared, &[])
+        .map_err(SandboxError::system("talking to the client"))?;
+    loop {
+        match client.wait::<Request>(None)? {
+            Some((Request::Go, _)) => return Ok(()),
+            Some(_) => {}
+            None => match client.receive::<Request>() {
+                Incoming::Nothing => {}
+                _ => return Err(SandboxError::Cancelled.into()),
+            },
+        }
+    }
+}
+
+/// What the agent is asked for.
+fn request_of(record: &BundleRecord, translated: &mut Translated, input: bool) -> CreateContainerRequest {
+    let mut request = std::mem::take(&mut translated.request);
+    record.sandbox_id.as_str().clone_into(&mut request.container_id);
+    if let Some(process) = request.process.as_mut() {
+        process.attach_stdin = input;
+        process.attach_stdout = true;
+        process.attach_stderr = !process.terminal;
+    }
+    if !request.start_hooks.is_empty() {
+        let state = BundleState {
+            status: BundleStatus::Created,
+            ..BundleState::from(record.clone())
+        };
+        request.hook_state = state_json(&state).to_string().into_bytes();
+    }
+    request
+}
+
+fn create_in_guest(home: &Home, request: &CreateContainerRequest) -> Result<AgentClient> {
+    let rpc: Option<UnixStream> = connect_ports(|| home.connect_vsock(), &[RPC_PORT])
+        .map_err(|source| SandboxError::AgentConnection { source })?
+        .pop();
+    let rpc = rpc.ok_or(SandboxError::MonitorGone)?;
+    let mut agent = AgentClient::new(rpc);
+    let connect = agent.send_connect(true)?;
+    let create = agent.send::<CreateContainer>(request)?;
+    agent.finish_connect(&connect)?;
+    agent
+        .wait(&create, Some(CALL_TIMEOUT))
+        .map_err(BundleError::from_agent)?;
+    Ok(agent)
+}

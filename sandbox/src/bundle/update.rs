@@ -1,0 +1,41 @@
+//! Other limits for a container that is there: on the host for the microVM, in the guest for its processes.
+
+use oci_spec::runtime::LinuxResources;
+
+use super::{
+    cgroup::{HostCgroups, HostLimits},
+    control::Bundles,
+    error::{BundleError, Result},
+    record::BundleStatus,
+};
+
+impl HostLimits {
+    /// What is given of CPU time and processors. Memory is the microVM's size, which can't change.
+    pub(super) fn of_cpu(resources: &LinuxResources) -> Self {
+        let cpu = resources.cpu().clone().unwrap_or_default();
+        let given = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+        Self {
+            memory_bytes: None,
+            cpu_shares: cpu.shares().filter(|shares| *shares != 0),
+            cpu_quota_us: cpu.quota().filter(|quota| *quota != 0),
+            cpu_period_us: cpu.period().filter(|period| *period != 0),
+            cpus: given(cpu.cpus()),
+            memory_nodes: given(cpu.mems()),
+        }
+    }
+}
+
+impl Bundles {
+    /// Changes limits; what isn't given stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// The container has stopped, or a limit is impossible.
+    pub fn update(&self, id: &str, resources: &LinuxResources) -> Result<()> {
+        let record = self.require(id)?;
+        if matches!(record.status, BundleStatus::Stopped | BundleStatus::Creating) {
+            return Err(BundleError::NotRunning);
+        }
+        HostCgroups::existing(&record.cgroups).limit(&HostLimits::of_cpu(resources))
+    }
+}
