@@ -484,8 +484,7 @@ impl Containers {
                 Ok(None) | Err(Errno::EINTR) => continue,
                 Err(Errno::ECHILD) => {
                     // Who has started a child since then has rung the bell under the lock, which we hold now.
-                    if sys::wait_ended(None, libc::WNOWAIT | libc::WNOHANG) == Err(Errno::ECHILD)
-                    {
+                    if sys::wait_ended(None, libc::WNOWAIT | libc::WNOHANG) == Err(Errno::ECHILD) {
                         drop(self.spawned.wait(table));
                     }
                     continue;

@@ -103,8 +103,12 @@ mod tests {
 
     #[test]
     fn arguments_of_another_program_are_left_alone() {
-        let given = ["hull-oci", "exec", "-tty", "-u", "1:1", "id", "ls", "-tty", "-root"];
-        let expected = ["hull-oci", "exec", "--tty", "-u", "1:1", "id", "ls", "-tty", "-root"];
+        let given = [
+            "hull-oci", "exec", "-tty", "-u", "1:1", "id", "ls", "-tty", "-root",
+        ];
+        let expected = [
+            "hull-oci", "exec", "--tty", "-u", "1:1", "id", "ls", "-tty", "-root",
+        ];
         assert_eq!(normalise(&given), expected);
         let given = ["hull-oci", "exec", "-pid-file", "exec", "id", "x", "-pid-file"];
         assert_eq!(normalise(&given)[2], "--pid-file");

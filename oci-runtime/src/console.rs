@@ -48,7 +48,12 @@ pub(crate) fn send_pidfd(path: &Path, pid: i32) -> Result<()> {
         let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         ancillary.push(SendAncillaryMessage::ScmRights(&fds));
-        sendmsg(&socket, &[IoSlice::new(b"pidfd")], &mut ancillary, SendFlags::NOSIGNAL)?;
+        sendmsg(
+            &socket,
+            &[IoSlice::new(b"pidfd")],
+            &mut ancillary,
+            SendFlags::NOSIGNAL,
+        )?;
         Ok(())
     };
     send().with_context(|| format!("cannot send to the pidfd socket {}", path.display()))

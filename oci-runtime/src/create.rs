@@ -17,7 +17,13 @@ use crate::{Global, console, pid_file};
 #[derive(Debug, Args)]
 pub(crate) struct Making {
     /// The bundle's directory; the current one where it isn't given
-    #[arg(long, short, default_value = "", value_name = "DIR", hide_default_value = true)]
+    #[arg(
+        long,
+        short,
+        default_value = "",
+        value_name = "DIR",
+        hide_default_value = true
+    )]
     pub(crate) bundle: PathBuf,
     /// Socket that gets the master of the container's terminal
     #[arg(long, value_name = "SOCKET")]
@@ -112,9 +118,7 @@ impl Making {
 /// What can't be executed, in runc's words around it.
 pub(crate) fn explained(error: BundleError) -> anyhow::Error {
     match error {
-        BundleError::Program { .. } => {
-            anyhow::Error::new(error).context("unable to start container process")
-        }
+        BundleError::Program { .. } => anyhow::Error::new(error).context("unable to start container process"),
         error => error.into(),
     }
 }

@@ -99,7 +99,8 @@ impl Events {
         if !status.is_live() {
             bail!("container with id {} is not running", self.id);
         }
-        let line = |kind: &str, data: Value| println!("{}", json!({ "type": kind, "id": self.id, "data": data }));
+        let line =
+            |kind: &str, data: Value| println!("{}", json!({ "type": kind, "id": self.id, "data": data }));
         let mut oom_kills = 0;
         loop {
             let stats = match bundles.stats(&self.id) {

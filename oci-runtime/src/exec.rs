@@ -226,20 +226,36 @@ mod tests {
     }
 
     fn compose(line: &str) -> Result<Process> {
-        Line::try_parse_from(line.split(' '))?.exec.compose(&Spec::default())
+        Line::try_parse_from(line.split(' '))?
+            .exec
+            .compose(&Spec::default())
     }
 
     #[test]
     fn process_is_the_containers_with_the_flags_over_it() {
-        let process = compose("exec -t -u 7:8 -g 9 -e A=b --cwd /tmp --no-new-privs -c CAP_SYS_PTRACE id ls -l").unwrap();
+        let process =
+            compose("exec -t -u 7:8 -g 9 -e A=b --cwd /tmp --no-new-privs -c CAP_SYS_PTRACE id ls -l")
+                .unwrap();
         assert_eq!(process.args().clone().unwrap(), ["ls", "-l"]);
         assert_eq!((process.user().uid(), process.user().gid()), (7, 8));
         assert_eq!(process.user().additional_gids().clone().unwrap(), [9]);
         assert_eq!(process.cwd(), Path::new("/tmp"));
         assert!(process.env().clone().unwrap().contains(&"A=b".to_owned()));
         let capabilities = process.capabilities().clone().unwrap();
-        assert!(capabilities.bounding().clone().unwrap().contains(&Capability::SysPtrace));
-        assert!(!capabilities.inheritable().clone().unwrap_or_default().contains(&Capability::SysPtrace));
+        assert!(
+            capabilities
+                .bounding()
+                .clone()
+                .unwrap()
+                .contains(&Capability::SysPtrace)
+        );
+        assert!(
+            !capabilities
+                .inheritable()
+                .clone()
+                .unwrap_or_default()
+                .contains(&Capability::SysPtrace)
+        );
     }
 
     #[test]

@@ -39,16 +39,19 @@ impl Ps {
             "table" => {}
             other => bail!("invalid format option: {other}; it is table or json"),
         }
-        if let Some(option) = self
-            .options
-            .iter()
-            .find(|option| !["ef", "eaf", "aux", "e", "f", "a", "x"].contains(&option.trim_start_matches('-')))
-        {
-            bail!("ps option {option:?}: the processes are in a microVM and shown as by ps -ef; run ps in it by `exec` for more");
+        if let Some(option) = self.options.iter().find(|option| {
+            !["ef", "eaf", "aux", "e", "f", "a", "x"].contains(&option.trim_start_matches('-'))
+        }) {
+            bail!(
+                "ps option {option:?}: the processes are in a microVM and shown as by ps -ef; run ps in it by `exec` for more"
+            );
         }
         let mut processes = bundles.processes(&self.id)?;
         processes.sort_by_key(|process| process.pid);
-        println!("{:<10} {:>6} {:>6} {:>8} {:<6} {:>8} CMD", "UID", "PID", "PPID", "STIME", "TTY", "TIME");
+        println!(
+            "{:<10} {:>6} {:>6} {:>8} {:<6} {:>8} CMD",
+            "UID", "PID", "PPID", "STIME", "TTY", "TIME"
+        );
         for process in processes {
             let user = if process.user.is_empty() {
                 process.uid.to_string()
@@ -67,7 +70,12 @@ impl Ps {
                 process.ppid,
                 started.strftime("%H:%M"),
                 terminal(process.tty),
-                format!("{:02}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60),
+                format!(
+                    "{:02}:{:02}:{:02}",
+                    seconds / 3600,
+                    seconds / 60 % 60,
+                    seconds % 60
+                ),
                 printable(&process.command)
             );
         }
@@ -85,7 +93,10 @@ fn printable(text: &str) -> String {
 /// The controlling terminal by its device number.
 fn terminal(device: u32) -> String {
     const PTS_MAJOR: u32 = 136;
-    let (major, minor) = ((device >> 8) & 0xfff, (device & 0xff) | ((device >> 12) & 0xfff00));
+    let (major, minor) = (
+        (device >> 8) & 0xfff,
+        (device & 0xff) | ((device >> 12) & 0xfff00),
+    );
     match (device, major) {
         (0, _) => "?".to_owned(),
         (_, PTS_MAJOR) => format!("pts/{minor}"),

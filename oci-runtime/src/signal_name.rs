@@ -3,9 +3,9 @@
 use anyhow::{Result, bail};
 
 const NAMES: [&str; 31] = [
-    "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE", "ALRM",
-    "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ", "VTALRM", "PROF",
-    "WINCH", "IO", "PWR", "SYS",
+    "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE",
+    "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ",
+    "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
 ];
 /// The first and the last real-time signal, as the C library has them.
 const RTMIN: i32 = 34;
@@ -25,7 +25,11 @@ pub(crate) fn parse(text: &str) -> Result<i32> {
         return Ok(i32::try_from(position)? + 1);
     }
     let real_time = |offset: &str, base: i32, sign: i32| {
-        let offset: i32 = if offset.is_empty() { 0 } else { offset.get(1..)?.parse().ok()? };
+        let offset: i32 = if offset.is_empty() {
+            0
+        } else {
+            offset.get(1..)?.parse().ok()?
+        };
         let number = base.checked_add(sign * offset)?;
         (RTMIN..=RTMAX).contains(&number).then_some(number)
     };

@@ -70,7 +70,10 @@ pub(crate) struct Update {
 /// Reads `64m`, `1g`, `-1`.
 fn bytes(text: &str) -> Result<i64> {
     let lower = text.trim().to_ascii_lowercase();
-    let lower = lower.strip_suffix("ib").or_else(|| lower.strip_suffix('b')).unwrap_or(&lower);
+    let lower = lower
+        .strip_suffix("ib")
+        .or_else(|| lower.strip_suffix('b'))
+        .unwrap_or(&lower);
     let (number, shift) = match lower.char_indices().next_back() {
         Some((at, 'k')) => (&lower[..at], 10),
         Some((at, 'm')) => (&lower[..at], 20),
@@ -125,7 +128,11 @@ impl Update {
         set("cpu", "cpus", self.cpuset_cpus.clone().map(Value::from));
         set("cpu", "mems", self.cpuset_mems.clone().map(Value::from));
         set("memory", "limit", size(&self.memory)?.map(Value::from));
-        set("memory", "reservation", size(&self.memory_reservation)?.map(Value::from));
+        set(
+            "memory",
+            "reservation",
+            size(&self.memory_reservation)?.map(Value::from),
+        );
         set("memory", "swap", size(&self.memory_swap)?.map(Value::from));
         set("pids", "limit", self.pids_limit.map(Value::from));
         set("blockIO", "weight", self.blkio_weight.map(Value::from));
@@ -151,7 +158,13 @@ mod tests {
 
     #[test]
     fn sizes_have_units() {
-        for (text, size) in [("64m", 64 << 20), ("1GB", 1 << 30), ("512", 512), ("-1", -1), ("2KiB", 2048)] {
+        for (text, size) in [
+            ("64m", 64 << 20),
+            ("1GB", 1 << 30),
+            ("512", 512),
+            ("-1", -1),
+            ("2KiB", 2048),
+        ] {
             assert_eq!(bytes(text).unwrap(), size, "{text}");
         }
         assert!(bytes("much").is_err() && bytes("99999999t").is_err());

@@ -105,7 +105,13 @@ impl ProcessStreams {
         (container_id, exec_id): (&str, &str),
         process: &ProcessSpec,
     ) -> Result<(UnixStream, Self)> {
-        Self::open_beside(connect, port, (container_id, exec_id), process.terminal, process.stdin)
+        Self::open_beside(
+            connect,
+            port,
+            (container_id, exec_id),
+            process.terminal,
+            process.stdin,
+        )
     }
 
     /// The same for a process of which only that is known that matters.
@@ -158,7 +164,10 @@ impl ProcessStreams {
     }
 
     /// Waits until the guest has accepted every stream, and `first`.
-    pub(crate) fn confirm<'a>(&'a mut self, first: impl IntoIterator<Item = &'a mut UnixStream>) -> Result<()> {
+    pub(crate) fn confirm<'a>(
+        &'a mut self,
+        first: impl IntoIterator<Item = &'a mut UnixStream>,
+    ) -> Result<()> {
         let has_terminal = self.outputs.iter().any(|(stream, _)| *stream == Stream::Terminal);
         let input = self.input.iter_mut().filter(|_| !has_terminal);
         let outputs = self.outputs.iter_mut().map(|(_, stream)| stream);

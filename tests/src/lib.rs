@@ -8,6 +8,7 @@ pub mod hull;
 pub mod initramfs;
 pub mod kernel_guest;
 pub mod kernel_vm;
+pub mod oci;
 pub mod outer_vm;
 pub mod pty;
 pub mod registry;

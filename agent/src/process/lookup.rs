@@ -95,7 +95,9 @@ pub fn check<'a>(
     let mut errno = Errno::ENOENT;
     for place in program.places() {
         let path = absolute(cwd, Path::new(std::ffi::OsStr::from_bytes(place.to_bytes())));
-        let mut mounts = mounts.clone().map(|destination| absolute("/", Path::new(destination)));
+        let mut mounts = mounts
+            .clone()
+            .map(|destination| absolute("/", Path::new(destination)));
         if mounts.any(|mount| mount != Path::new("/") && path.starts_with(mount)) {
             return Ok(());
         }

@@ -231,7 +231,11 @@ impl HostCgroups {
     /// version 1 the file `tasks` takes advantage of.
     pub(super) fn join(&self) -> Result<()> {
         for (hierarchy, path) in &self.groups {
-            let file = path.join(if hierarchy.is_v2() { "cgroup.procs" } else { "tasks" });
+            let file = path.join(if hierarchy.is_v2() {
+                "cgroup.procs"
+            } else {
+                "tasks"
+            });
             fs::write(&file, "0").map_err(failed("can't be joined", path))?;
         }
         Ok(())

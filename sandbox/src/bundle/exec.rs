@@ -204,8 +204,7 @@ impl Bundles {
         window: Option<fn() -> Option<(u16, u16)>>,
     ) -> Result<ProcessExit> {
         let has_input = exec.stdio.has_input();
-        let request =
-            self.exec_request(id, exec.exec_id, exec.process, (has_input, exec.ignore_paused))?;
+        let request = self.exec_request(id, exec.exec_id, exec.process, (has_input, exec.ignore_paused))?;
         let signals = AllSignals::take()?;
         let ends = Ends::new(exec.stdio, request.process.terminal, None)?;
         let started = start(&self.homes, id, &request)?;
@@ -219,8 +218,7 @@ impl Bundles {
     /// The container doesn't run, or the process can't be started.
     pub fn exec_detached(&self, id: &str, exec: ExecBundle<'_>) -> Result<u32> {
         let has_input = exec.stdio.has_input();
-        let request =
-            self.exec_request(id, exec.exec_id, exec.process, (has_input, exec.ignore_paused))?;
+        let request = self.exec_request(id, exec.exec_id, exec.process, (has_input, exec.ignore_paused))?;
         let file = memory_file(&request)?;
         let (mut connection, mut child) = Launcher::spawn()?.into_parts();
         let (stdio, streams) = exec.stdio.plan();
@@ -254,7 +252,8 @@ fn memory_file(request: &CreateExecRequest) -> Result<File> {
         })?;
     let file = memfd_create("exec", MemfdFlags::CLOEXEC).map_err(SandboxError::system("making a file"))?;
     let mut file = File::from(file);
-    file.write_all(&bytes).map_err(SandboxError::system("writing a file"))?;
+    file.write_all(&bytes)
+        .map_err(SandboxError::system("writing a file"))?;
     Ok(file)
 }
 
@@ -352,7 +351,12 @@ fn drive(
         }
         let wanted = relay.outputs.wanted();
         entries.extend(wanted.map(|(index, fd)| (Source::Output(index), fd, PollFlags::IN)));
-        entries.extend(relay.outputs.blocked().map(|fd| (Source::Blocked, fd, PollFlags::OUT)));
+        entries.extend(
+            relay
+                .outputs
+                .blocked()
+                .map(|fd| (Source::Blocked, fd, PollFlags::OUT)),
+        );
         for source in ready(&entries, deadline) {
             match source {
                 Source::Agent => agent.receive(Some(Instant::now() + CALL_TIMEOUT))?,

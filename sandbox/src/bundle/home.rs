@@ -127,8 +127,7 @@ impl Homes {
     /// Makes a home, locked. What a killed command left unfinished under this id goes.
     pub(super) fn create(&self, id: &str) -> Result<Home> {
         check_id(id)?;
-        make_private_dir(&self.root, true)
-            .map_err(SandboxError::io("creating the directory", &self.root))?;
+        make_private_dir(&self.root, true).map_err(SandboxError::io("creating the directory", &self.root))?;
         let path = self.path(id);
         match make_private_dir(&path, false) {
             Ok(()) => {}
@@ -256,10 +255,11 @@ fn read_record(path: &Path) -> Result<Option<BundleRecord>> {
         Err(error) if is_missing(&error) => return Ok(None),
         Err(error) => return Err(SandboxError::io("reading", path)(error).into()),
     };
-    let record: BundleRecord = serde_json::from_slice(&bytes).map_err(|source| SandboxError::DamagedState {
-        path: path.to_owned(),
-        source,
-    })?;
+    let record: BundleRecord =
+        serde_json::from_slice(&bytes).map_err(|source| SandboxError::DamagedState {
+            path: path.to_owned(),
+            source,
+        })?;
     if record.version != RECORD_VERSION {
         return Err(BundleError::Monitor {
             message: format!(
@@ -414,7 +414,12 @@ mod tests {
         fs::write(home.path().join(RECORD_FILE), "damaged").unwrap();
         drop(home);
         assert!(matches!(homes.create("a"), Err(BundleError::Exists)));
-        homes.lock("a", Duration::ZERO).unwrap().unwrap().remove().unwrap();
+        homes
+            .lock("a", Duration::ZERO)
+            .unwrap()
+            .unwrap()
+            .remove()
+            .unwrap();
         assert_eq!(homes.ids().unwrap(), Vec::<String>::new());
     }
 
@@ -432,7 +437,10 @@ mod tests {
     fn jail_uids_are_given_once_and_freed() {
         let dir = tempfile::tempdir().unwrap();
         let homes = Homes::open(dir.path()).unwrap();
-        let (first, second) = (homes.take_jail_uid("a").unwrap(), homes.take_jail_uid("b").unwrap());
+        let (first, second) = (
+            homes.take_jail_uid("a").unwrap(),
+            homes.take_jail_uid("b").unwrap(),
+        );
         assert_ne!(first, second);
         homes.free_jail_uid(first);
         assert_eq!(fs::read_dir(dir.path().join(UIDS_DIR)).unwrap().count(), 1);

@@ -220,7 +220,12 @@ mod tests {
         let json = text.strip_suffix("this/tmp").unwrap();
         let json: serde_json::Value = serde_json::from_str(json).unwrap();
         assert_eq!(
-            (&json["id"], &json["status"], &json["pid"], &json["annotations"]["a"]),
+            (
+                &json["id"],
+                &json["status"],
+                &json["pid"],
+                &json["annotations"]["a"]
+            ),
             (&"web".into(), &"creating".into(), &42.into(), &"b".into())
         );
     }
@@ -235,7 +240,12 @@ mod tests {
         );
         let mut missing = hook("", None);
         missing[0].set_path("/nonexistent".into());
-        assert!(run_hook(&missing).unwrap_err().to_string().contains("No such file"));
+        assert!(
+            run_hook(&missing)
+                .unwrap_err()
+                .to_string()
+                .contains("No such file")
+        );
     }
 
     #[test]

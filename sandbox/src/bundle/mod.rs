@@ -41,10 +41,10 @@ mod update;
 
 pub use control::{Bundles, CreateBundle};
 pub use error::{BundleError, Result};
+pub(crate) use exec::serve as serve_exec;
 pub use exec::{ExecBundle, OpenedExec};
 pub use hooks::state_json;
 pub(crate) use launch::serve as serve_launch;
-pub(crate) use exec::serve as serve_exec;
 pub(crate) use protocol::{ExecRequest, LaunchRequest};
 pub use record::{BundleExit, BundleState, BundleStatus, ProcessExit};
 pub use relay::BundleStdio;

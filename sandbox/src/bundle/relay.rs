@@ -117,12 +117,7 @@ fn reopened(fd: OwnedFd, access: OFlags) -> std::result::Result<OwnedFd, OwnedFd
     match kind {
         Ok(FileType::Fifo | FileType::CharacterDevice) => {
             let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-            open(
-                format!("/proc/self/fd/{}", fd.as_raw_fd()),
-                flags,
-                Mode::empty(),
-            )
-            .map_err(|_| fd)
+            open(format!("/proc/self/fd/{}", fd.as_raw_fd()), flags, Mode::empty()).map_err(|_| fd)
         }
         _ => Ok(fd),
     }
@@ -283,11 +278,13 @@ impl AllSignals {
     pub(super) fn next(&self) -> Option<Incident> {
         let info: siginfo = self.fd.read_signal().ok()??;
         let signal = i32::try_from(info.ssi_signo).ok()?;
-        Some(if signal == Signal::SIGWINCH as i32 && info.ssi_code == SI_KERNEL {
-            Incident::Resized
-        } else {
-            Incident::Signal(signal)
-        })
+        Some(
+            if signal == Signal::SIGWINCH as i32 && info.ssi_code == SI_KERNEL {
+                Incident::Resized
+            } else {
+                Incident::Signal(signal)
+            },
+        )
     }
 }
 

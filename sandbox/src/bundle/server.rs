@@ -405,7 +405,10 @@ pub(super) fn is_exited(error: &SandboxError) -> bool {
 }
 
 /// What `fds` are for.
-pub(super) fn ready<'a, S: Copy>(entries: &[(S, BorrowedFd<'a>, PollFlags)], deadline: Option<Instant>) -> Vec<S> {
+pub(super) fn ready<'a, S: Copy>(
+    entries: &[(S, BorrowedFd<'a>, PollFlags)],
+    deadline: Option<Instant>,
+) -> Vec<S> {
     let mut fds: Vec<PollFd<'a>> = entries
         .iter()
         .map(|(_, fd, flags)| PollFd::from_borrowed_fd(*fd, *flags))
