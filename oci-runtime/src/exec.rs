@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use oci_spec::runtime::{Capability, LinuxCapabilities, Process, Spec};
 use sandbox::{
-    SandboxError,
+    SandboxError, Window,
     bundle::{BundleStdio, ExecBundle},
     oci_spec::load_process,
 };
@@ -116,7 +116,7 @@ impl Exec {
         };
         self.announce(std::process::id())?;
         let raw = terminal.then(console::RawTerminal::enter).flatten();
-        let window: Option<fn() -> Option<(u16, u16)>> = terminal.then_some(console::window);
+        let window: Option<Window> = terminal.then_some(console::window);
         let exit = bundles.exec_attached(&self.id, exec(stdio), window);
         drop(raw);
         Ok(exit.map_err(explained)?.code())

@@ -2,7 +2,10 @@
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use sandbox::bundle::{BundleStdio, Bundles};
+use sandbox::{
+    Window,
+    bundle::{BundleStdio, Bundles},
+};
 
 use crate::{
     Global, console,
@@ -50,7 +53,7 @@ impl Run {
         let raw = (terminal && !foreign_console)
             .then(console::RawTerminal::enter)
             .flatten();
-        let window: Option<fn() -> Option<(u16, u16)>> = raw.as_ref().map(|_| console::window as _);
+        let window: Option<Window> = raw.as_ref().map(|_| console::window as _);
         self.start(&bundles)?;
         let exit = bundles.attend(&self.making.id, &signals, window);
         drop(raw);

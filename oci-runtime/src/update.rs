@@ -90,7 +90,7 @@ fn bytes(text: &str) -> Result<i64> {
 }
 
 impl Update {
-    fn from_file(&self, path: &std::path::Path) -> Result<LinuxResources> {
+    fn of_file(&self, path: &std::path::Path) -> Result<LinuxResources> {
         let mut text = Vec::new();
         if path.as_os_str() == "-" {
             std::io::stdin().read_to_end(&mut text)?;
@@ -102,7 +102,7 @@ impl Update {
             .with_context(|| format!("{} has no resources as in config.json", path.display()))
     }
 
-    fn from_flags(&self) -> Result<LinuxResources> {
+    fn of_flags(&self) -> Result<LinuxResources> {
         let unavailable = [
             ("--cpu-rt-period", &self.cpu_rt_period),
             ("--cpu-rt-runtime", &self.cpu_rt_runtime),
@@ -144,8 +144,8 @@ impl Update {
 
     pub(crate) fn execute(&self, global: &Global) -> Result<u8> {
         let resources = match &self.resources {
-            Some(path) => self.from_file(path)?,
-            None => self.from_flags()?,
+            Some(path) => self.of_file(path)?,
+            None => self.of_flags()?,
         };
         global.bundles()?.update(&self.id, &resources)?;
         Ok(0)

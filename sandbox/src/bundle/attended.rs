@@ -11,7 +11,7 @@ use super::{
     record::BundleExit,
     server::ready,
 };
-use crate::{SignalEvent, Signals, monitor::Incoming};
+use crate::{SignalEvent, Signals, Window, monitor::Incoming};
 
 /// What is waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,12 +26,7 @@ impl Bundles {
     /// # Errors
     ///
     /// There is no such container.
-    pub fn attend(
-        &self,
-        id: &str,
-        signals: &Signals,
-        window: Option<fn() -> Option<(u16, u16)>>,
-    ) -> Result<BundleExit> {
+    pub fn attend(&self, id: &str, signals: &Signals, window: Option<Window>) -> Result<BundleExit> {
         let Some(mut connection) = self.connect(id)? else {
             return self.wait(id);
         };

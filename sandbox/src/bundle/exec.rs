@@ -34,7 +34,7 @@ use super::{
     server::{deliver_rest, is_exited, ready},
 };
 use crate::{
-    SandboxError,
+    SandboxError, Window,
     agent_client::{AgentClient, CALL_TIMEOUT, Pending},
     attach::process_ref,
     identity::random_bytes,
@@ -201,7 +201,7 @@ impl Bundles {
         &self,
         id: &str,
         exec: ExecBundle<'_>,
-        window: Option<fn() -> Option<(u16, u16)>>,
+        window: Option<Window>,
     ) -> Result<ProcessExit> {
         let has_input = exec.stdio.has_input();
         let request = self.exec_request(id, exec.exec_id, exec.process, (has_input, exec.ignore_paused))?;
@@ -309,12 +309,7 @@ enum Source {
 }
 
 /// Relays a process until it has exited and its output has come.
-fn drive(
-    started: Started,
-    ends: Ends,
-    signals: &AllSignals,
-    window: Option<fn() -> Option<(u16, u16)>>,
-) -> Result<ProcessExit> {
+fn drive(started: Started, ends: Ends, signals: &AllSignals, window: Option<Window>) -> Result<ProcessExit> {
     let Started {
         mut agent,
         process,
