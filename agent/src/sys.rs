@@ -546,6 +546,7 @@ mod waiting {
     use super::*;
 
     #[test]
+    #[expect(clippy::zombie_processes, reason = "waiting for it is what is tested")]
     fn child_that_ends_by_a_real_time_signal_is_told_as_others() {
         for (script, ended) in [
             ("exit 3", Ended::Code(3)),
