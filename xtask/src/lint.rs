@@ -86,7 +86,7 @@ const RULES: &[Rule] = &[
 ];
 
 /// Test code is linked by nobody.
-const TEST_ONLY: &[&str] = &["hull-tests", "benches", "xtask"];
+const TEST_ONLY: &[&str] = &["hull-tests", "hull-conformance", "benches", "xtask"];
 
 /// These must stand in the lock file exactly once: two versions of guest memory do not fit together.
 const ONE_VERSION: &[&str] = &[

@@ -6,6 +6,7 @@
 
 mod artifacts;
 mod bench;
+mod conformance;
 mod demo;
 mod images;
 mod lint;
@@ -40,6 +41,8 @@ enum Verb {
     GuestKernel,
     /// Build (or find in the cache) the container images made from distribution packages
     Images(images::ImagesArgs),
+    /// Run the OCI runtime specification's conformance tests against a runtime; arguments go to `hull-conformance`
+    Conformance(conformance::ConformanceArgs),
     /// Run the benchmark harness; arguments go to `hull-bench`
     Bench(bench::BenchArgs),
     /// The long guest-kernel soak (30 minutes by default)
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Verb::Lint => lint::run(),
         Verb::GuestKernel => artifacts::guest_kernel().map(|path| println!("{}", path.display())),
         Verb::Images(args) => images::main(&args),
+        Verb::Conformance(args) => conformance::run(&args),
         Verb::Bench(args) => bench::run(&args),
         Verb::Soak(args) => test::soak(&args),
     };
