@@ -190,6 +190,8 @@ fn symlinks(world: &World<'_>) -> Result<()> {
     fs::create_dir(&outside)?;
     // Taken by its words it leads to a folder of the host; inside, it leads to one of the root filesystem's own.
     symlink(&outside, bundle.rootfs("absolute"))?;
+    fs::create_dir_all(bundle.rootfs(&outside.display().to_string()))?;
+    fs::create_dir_all(bundle.rootfs("srv/up"))?;
     symlink("../../../../../../../../../../srv/up", bundle.rootfs("upwards"))?;
     let data = folder(world, "data")?;
     bundle.mount("/absolute/here", "bind", &data, &["bind"]);
