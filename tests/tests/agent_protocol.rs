@@ -83,9 +83,23 @@ fn frame(stream: u32, kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// `ConnectRequest { protocol_version: 2 }`, without a time, so that the guest's clock stays.
+/// `ConnectRequest { protocol_version }`, without a time, so that the guest's clock stays.
 fn hello() -> Vec<u8> {
-    frame(1, 1, 0, &request("Connect", &[0x08, 2]))
+    let version = u8::try_from(agent_protocol::PROTOCOL_VERSION).expect("it is small");
+    frame(1, 1, 0, &request("Connect", &[0x08, version]))
+}
+
+/// Without this everything else would be refused for want of it.
+fn is_welcome(socket: &PathBuf) {
+    let mut stream = connect(socket, RPC_PORT);
+    stream
+        .set_read_timeout(Some(PATIENCE))
+        .expect("as this test set it up");
+    stream.write_all(&hello()).expect("as this test set it up");
+    let mut answer = [0; 11];
+    stream.read_exact(&mut answer).expect("an answer");
+    // A response, which begins with its payload: an error would begin with its status.
+    assert_eq!((answer[8], answer[10]), (2, 2 << 3 | 2), "{answer:?}");
 }
 
 /// Something wrong, seldom something right.
@@ -186,6 +200,7 @@ fn no_sequence_of_frames_harms_the_agent() {
     let seed = u64::from(std::process::id()) << 20 | 0x9e37;
     println!("seed {seed}");
     let mut numbers = Numbers(seed);
+    is_welcome(&socket);
     for _ in 0..60 {
         let mut stream = connect(&socket, RPC_PORT);
         if numbers.below(4) > 0 {
