@@ -131,9 +131,13 @@ impl Launcher {
                 Incoming::Nothing => {}
             }
             let never = self.connection.as_fd();
-            let [_, signalled] = wait::any_readable([never, signals.map_or(never, AsFd::as_fd)], None)
+            let [answered, signalled] = wait::any_readable([never, signals.map_or(never, AsFd::as_fd)], None)
                 .map_err(SandboxError::system("waiting for the container"))?;
-            if signalled && let Some(signal) = signals.and_then(Signals::interruption) {
+            // A container that has started gets the signal itself: whoever has seen its output knows that it has.
+            if signalled
+                && !answered
+                && let Some(signal) = signals.and_then(Signals::interruption)
+            {
                 self.give_up();
                 return Err(SandboxError::Interrupted { signal });
             }
