@@ -28,6 +28,9 @@ pub struct VmConfig {
     /// Block devices, in the order the guest shall see them.
     #[serde(default)]
     pub blk: Vec<BlkConfig>,
+    /// Directories and files of the host as a file system of the guest. `hull-vmm` must have been started with `--shares`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fs: Option<FsConfig>,
     /// The socket device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
@@ -115,6 +118,36 @@ pub enum IoEngine {
     IoUring,
     /// `preadv`/`pwritev` on a thread of the disk's own.
     Sync,
+}
+
+/// The virtio file system device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsConfig {
+    /// What the guest mounts it by; at most 36 bytes.
+    #[serde(default = "default_tag")]
+    pub tag: String,
+    /// The shares; the root the guest mounts lists them as `0`, `1`, and so on.
+    pub shares: Vec<FsShareConfig>,
+}
+
+fn default_tag() -> String {
+    "hull".to_owned()
+}
+
+/// One directory or file of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsShareConfig {
+    /// An `O_PATH` descriptor, best of a detached mount made for it: then nothing leads out of it, and the mount's flags
+    /// (read-only, no devices) are the host kernel's to enforce.
+    pub source: ResourceRef,
+    /// Whether the guest may only read. The descriptor's mount must then be read-only.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Nobody but the guest changes it, so that the guest may rely on what it knows for some seconds.
+    #[serde(default)]
+    pub exclusive: bool,
 }
 
 /// The virtio socket device.

@@ -27,8 +27,8 @@ mod metrics;
 
 pub use client::{Client, ClientError};
 pub use config::{
-    BalloonConfig, BlkConfig, BootProtocol, GuestPortConfig, HugePages, IoEngine, ResourceRef, SerialConfig,
-    VmConfig, VsockConfig,
+    BalloonConfig, BlkConfig, BootProtocol, FsConfig, FsShareConfig, GuestPortConfig, HugePages, IoEngine,
+    ResourceRef, SerialConfig, VmConfig, VsockConfig,
 };
 pub use frame::{
     Frame, FrameError, FrameReader, HEADER_BYTES, MAX_FDS, MAX_PAYLOAD_BYTES, Received, write_frame,

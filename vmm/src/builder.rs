@@ -23,6 +23,7 @@ use crate::{
         virtio::{
             self, GuestRam,
             balloon::{Balloon, BalloonError},
+            fs::ShareThread,
             vsock::Vsock,
         },
     },
@@ -78,6 +79,9 @@ pub enum BuildError {
     /// The socket device.
     #[error(transparent)]
     Vsock(#[from] virtio::vsock::VsockError),
+    /// The shares.
+    #[error(transparent)]
+    Fs(#[from] virtio::fs::FsError),
     /// The entropy device.
     #[error(transparent)]
     Rng(#[from] virtio::rng::RngError),
@@ -129,6 +133,15 @@ pub struct HoldError {
     index: usize,
 }
 
+/// What confines the threads of a microVM, and the one that was confined otherwise before.
+#[derive(Debug, Clone, Copy)]
+pub struct Confinement<'a> {
+    /// System calls of each kind of thread.
+    pub filters: &'a Filters,
+    /// Serves shares; there is none unless the command line asked for it.
+    pub share_thread: Option<&'a ShareThread>,
+}
+
 /// A microVM that can run.
 #[derive(Debug)]
 pub struct MicroVm {
@@ -170,7 +183,7 @@ pub fn build(
     host: &KvmHost,
     spec: VmSpec,
     stop: &Arc<StopSignal>,
-    filters: &Filters,
+    confinement: Confinement<'_>,
 ) -> Result<MicroVm, BuildError> {
     let mut start = StartMetrics::default();
     let boot_timer = Arc::new(BootTimer::default());
@@ -178,7 +191,7 @@ pub fn build(
     let files = (spec.kernel, spec.initrd);
     let (assembled, images) = fill_and_assemble(&ram, files, spec.huge_pages, &mut start, |start| {
         assemble(host, &ram, spec.vcpu_count, start, |vm| {
-            devices::attach(vm, spec.devices, stop, filters, &boot_timer)
+            devices::attach(vm, spec.devices, stop, confinement, &boot_timer)
         })
     })?;
     let Assembled {
@@ -218,7 +231,7 @@ pub fn build(
         boot_timer: Arc::clone(&boot_timer),
         unclaimed: Arc::clone(&unclaimed),
     };
-    let vcpus = spawn_vcpus(vcpus, &context, filters)?;
+    let vcpus = spawn_vcpus(vcpus, &context, confinement.filters)?;
     start.vcpus_us += watch.lap_us();
     Ok(MicroVm {
         vcpus,

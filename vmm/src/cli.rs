@@ -18,6 +18,7 @@ Options:
   --uid UID   user id in the jail (with root; default 65534)
   --gid GID   group id in the jail (with root; default 65534)
   --id ID     a name to be seen in process lists; up to 128 bytes
+  --shares    the microVM may have shares: a thread is set aside that can act on the host's files
   --no-jail   run unconfined, for debugging only
   --version   print the version
   --help      print this
@@ -63,6 +64,8 @@ pub enum Command {
         identity: Identity,
         /// Confined or not.
         jail: bool,
+        /// Whether it may have shares.
+        shares: bool,
     },
 }
 
@@ -87,6 +90,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, U
     let mut mode = None;
     let mut identity = Identity::default();
     let mut jail = true;
+    let mut shares = false;
     while let Some(argument) = arguments.next() {
         let name = argument.to_str().unwrap_or_default().to_owned();
         let mut value = || {
@@ -99,6 +103,10 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, U
             "--version" | "-V" => return Ok(Command::Version),
             "--no-jail" => {
                 jail = false;
+                continue;
+            }
+            "--shares" => {
+                shares = true;
                 continue;
             }
             "--id" => {
@@ -129,7 +137,12 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, U
     let mode = mode.ok_or_else(|| {
         UsageError("one of --control-fd, --control-socket and --config is needed".to_owned())
     })?;
-    Ok(Command::Run { mode, identity, jail })
+    Ok(Command::Run {
+        mode,
+        identity,
+        jail,
+        shares,
+    })
 }
 
 fn number<T: std::str::FromStr>(name: &str, value: &OsString) -> Result<T, UsageError> {
@@ -148,14 +161,26 @@ mod tests {
     #[test]
     fn modes_and_options_are_understood() {
         assert_eq!(
-            parse_words(&["--control-fd", "3", "--id", "x", "--uid", "7", "--gid", "8"]).unwrap(),
+            parse_words(&[
+                "--control-fd",
+                "3",
+                "--id",
+                "x",
+                "--shares",
+                "--uid",
+                "7",
+                "--gid",
+                "8"
+            ])
+            .unwrap(),
             Command::Run {
                 mode: Mode::ControlFd(3),
                 identity: Identity {
                     uid: Some(7),
                     gid: Some(8)
                 },
-                jail: true
+                jail: true,
+                shares: true,
             }
         );
         assert_eq!(parse_words(&["--config", "x", "--help"]).unwrap(), Command::Help);

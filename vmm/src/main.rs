@@ -21,6 +21,7 @@ use vmm::{
         driver::{Driver, chain},
         queue, server,
     },
+    devices::virtio::fs::{ShareThread, ShareUser},
     jail::{
         self, fds,
         seccomp::{Filters, Role},
@@ -66,7 +67,12 @@ fn main() -> ExitCode {
             println!("hull-vmm {}", env!("CARGO_PKG_VERSION"));
             return ExitCode::SUCCESS;
         }
-        Ok(Command::Run { mode, identity, jail }) => run(mode, identity, jail, process_start),
+        Ok(Command::Run {
+            mode,
+            identity,
+            jail,
+            shares,
+        }) => run(mode, (identity, jail, shares), process_start),
         Err(error) => Err(Failure {
             status: EXIT_USAGE,
             message: error.to_string(),
@@ -91,7 +97,11 @@ enum Source {
     Standalone(Box<VmSpec>),
 }
 
-fn run(mode: Mode, identity: Identity, jailed: bool, process_start: Instant) -> Result<StopReason, Failure> {
+fn run(
+    mode: Mode,
+    (identity, jailed, shares): (Identity, bool, bool),
+    process_start: Instant,
+) -> Result<StopReason, Failure> {
     allocator::use_one_arena();
     let keep = match mode {
         Mode::ControlFd(fd) => Some(fd),
@@ -102,19 +112,36 @@ fn run(mode: Mode, identity: Identity, jailed: bool, process_start: Instant) -> 
     log::init();
     let source = open(mode)?;
     let host = KvmHost::open().map_err(|error| failed(&error))?;
-    let filters = if jailed {
-        jail::enter(&jail::JailSpec::new(identity.uid, identity.gid)).map_err(|error| failed(&error))?;
-        Filters::compile().map_err(|error| failed(&error))?
+    let (filters, share_thread) = if jailed {
+        let spec = jail::JailSpec::new(identity.uid, identity.gid).with_shares(shares);
+        let share_thread = jail::enter_beside(&spec, |identity| start_shares(shares, identity))
+            .map_err(|error| failed(&error))?;
+        (Filters::compile().map_err(|error| failed(&error))?, share_thread)
     } else {
         tracing::warn!(
             "--no-jail: this process is not confined; never run a guest you don't trust like this"
         );
-        Filters::none()
+        let share_thread = shares.then(ShareThread::start_unconfined).transpose();
+        (Filters::none(), share_thread.map_err(|error| failed(&error))?)
     };
+    let confined = (filters, share_thread);
     match source {
-        Source::Control(endpoint) => serve(endpoint, host, filters, process_start),
-        Source::Standalone(spec) => run_standalone(*spec, host, filters, process_start),
+        Source::Control(endpoint) => serve(endpoint, host, confined, process_start),
+        Source::Standalone(spec) => run_standalone(*spec, host, confined, process_start),
     }
+}
+
+/// The thread that serves shares, if there will be any.
+fn start_shares(shares: bool, identity: jail::Identity) -> Result<Option<ShareThread>, jail::JailError> {
+    let user = if identity.is_root {
+        ShareUser::Reduced {
+            uid: identity.uid,
+            gid: identity.gid,
+        }
+    } else {
+        ShareUser::Own
+    };
+    Ok(shares.then(|| ShareThread::start(user)).transpose()?)
 }
 
 fn open(mode: Mode) -> Result<Source, Failure> {
@@ -151,7 +178,7 @@ fn control_fd(fd: RawFd) -> Result<Source, Failure> {
 fn serve(
     endpoint: server::Endpoint,
     host: KvmHost,
-    filters: Filters,
+    (filters, share_thread): (Filters, Option<ShareThread>),
     process_start: Instant,
 ) -> Result<StopReason, Failure> {
     let (server_end, driver_end) = queue::queue().map_err(|error| failed(&error))?;
@@ -160,8 +187,14 @@ fn serve(
         filter.apply().map_err(|error| chain(&error))
     })
     .map_err(|error| failed(&error))?;
-    let mut driver = Driver::new(host, filters.clone(), Some(driver_end), process_start)
-        .map_err(|error| failed(&error))?;
+    let mut driver = Driver::new(
+        host,
+        filters.clone(),
+        share_thread,
+        Some(driver_end),
+        process_start,
+    )
+    .map_err(|error| failed(&error))?;
     filters.of(Role::Setup).apply().map_err(|error| failed(&error))?;
     let reason = driver.run().map_err(|error| failed(&error))?;
     drop(driver);
@@ -174,12 +207,12 @@ fn serve(
 fn run_standalone(
     spec: VmSpec,
     host: KvmHost,
-    filters: Filters,
+    (filters, share_thread): (Filters, Option<ShareThread>),
     process_start: Instant,
 ) -> Result<StopReason, Failure> {
     let boot_timer = spec.boot_timer();
-    let mut driver =
-        Driver::new(host, filters.clone(), None, process_start).map_err(|error| failed(&error))?;
+    let mut driver = Driver::new(host, filters.clone(), share_thread, None, process_start)
+        .map_err(|error| failed(&error))?;
     filters.of(Role::Setup).apply().map_err(|error| failed(&error))?;
     driver.configure(spec).map_err(|error| failed(&error))?;
     driver.start().map_err(|error| failed(&error))?;

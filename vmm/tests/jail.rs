@@ -8,6 +8,8 @@
 
 #![expect(clippy::unwrap_used, reason = "test code: a panic is a failed test")]
 
+#[path = "support/share_probes.rs"]
+mod share_probes;
 mod support;
 
 use rustix::{
@@ -95,6 +97,54 @@ const DENIED: &[Denied] = &[
     }),
     ("disk_opens_a_file", Role::Disk, libc::SYS_openat, || {
         drop(File::open("/x"))
+    }),
+    ("shares_execute", Role::Shares, libc::SYS_execve, || {
+        raw::call(libc::SYS_execve, [0, 0, 0])
+    }),
+    ("shares_mount", Role::Shares, libc::SYS_mount, || {
+        raw::call(libc::SYS_mount, [0, 0, 0])
+    }),
+    ("shares_move_a_mount", Role::Shares, libc::SYS_move_mount, || {
+        raw::call(libc::SYS_move_mount, [0, 0, 0])
+    }),
+    (
+        "shares_open_by_handle",
+        Role::Shares,
+        libc::SYS_open_by_handle_at,
+        || raw::call(libc::SYS_open_by_handle_at, [0, 0, 0]),
+    ),
+    ("shares_make_a_thread", Role::Shares, libc::SYS_clone3, || {
+        raw::call(libc::SYS_clone3, [0; 3])
+    }),
+    ("shares_make_a_namespace", Role::Shares, libc::SYS_unshare, || {
+        raw::call(libc::SYS_unshare, [0; 3])
+    }),
+    (
+        "shares_receive_a_descriptor",
+        Role::Shares,
+        libc::SYS_recvmsg,
+        || raw::call(libc::SYS_recvmsg, [0; 3]),
+    ),
+    (
+        "shares_take_a_descriptor",
+        Role::Shares,
+        libc::SYS_pidfd_getfd,
+        || raw::call(libc::SYS_pidfd_getfd, [0; 3]),
+    ),
+    (
+        "shares_set_up_a_ring",
+        Role::Shares,
+        libc::SYS_io_uring_setup,
+        || raw::call(libc::SYS_io_uring_setup, [1, 0, 0]),
+    ),
+    ("shares_become_root", Role::Shares, libc::SYS_setresuid, || {
+        raw::call(libc::SYS_setresuid, [0; 3])
+    }),
+    ("shares_change_root", Role::Shares, libc::SYS_chroot, || {
+        raw::call(libc::SYS_chroot, [0; 3])
+    }),
+    ("shares_run_a_vcpu", Role::Shares, libc::SYS_ioctl, || {
+        raw::ioctl(0xae80)
     }),
     ("disk_makes_a_thread", Role::Disk, libc::SYS_clone3, || {
         raw::call(libc::SYS_clone3, [0; 3])
@@ -215,7 +265,8 @@ fn main() -> ExitCode {
             failed += 1;
         }
     };
-    for (name, _) in PROBES.iter().filter(|(name, _)| wanted(name)) {
+    let probes = PROBES.iter().chain(share_probes::PROBES);
+    for (name, _) in probes.filter(|(name, _)| wanted(name)) {
         report(name, expect_success(start(name, None)));
         if is_root {
             report(
@@ -297,7 +348,8 @@ fn expect_sigsys(result: Result<(std::process::ExitStatus, String), String>, cal
 }
 
 fn run_probe(name: &str) -> ExitCode {
-    let outcome = if let Some((_, probe)) = PROBES.iter().find(|(probe, _)| *probe == name) {
+    let mut probes = PROBES.iter().chain(share_probes::PROBES);
+    let outcome = if let Some((_, probe)) = probes.find(|(probe, _)| *probe == name) {
         probe()
     } else if let Some((_, role, _, call)) = DENIED.iter().find(|(probe, ..)| *probe == name) {
         enter().and_then(|()| {
@@ -623,6 +675,25 @@ mod raw {
         }
         let flags = rustix::mount::MountFlags::empty();
         Ok(rustix::mount::mount("proc", "/", "proc", flags, None)?)
+    }
+
+    /// Opens something by a handle that some filesystem may know.
+    pub fn open_by_handle(directory: i32) -> Result<i32, rustix::io::Errno> {
+        // Length of the handle, its type, and the handle: an inode's number.
+        let handle: [u32; 4] = [8, 1, 2, 0];
+        // SAFETY: the handle is whole; a descriptor or an error comes out.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_open_by_handle_at,
+                directory,
+                handle.as_ptr(),
+                libc::O_RDONLY,
+            )
+        };
+        i32::try_from(result)
+            .ok()
+            .filter(|fd| *fd >= 0)
+            .ok_or_else(|| rustix::io::Errno::from_io_error(&std::io::Error::last_os_error()).unwrap())
     }
 
     pub fn has_landlock() -> bool {

@@ -1,25 +1,32 @@
 //! Creates the configured devices and attaches them, in the order in which the guest shall number them.
 
-use super::BuildError;
+use super::{BuildError, Confinement};
 use crate::{
     arch::x86_64::layout,
     boot_timer::BootTimer,
-    config::{BalloonResource, BlkResource, DeviceResources, VsockResource},
+    config::{BalloonResource, BlkResource, DeviceResources, FsResource, VsockResource},
     device_manager::DeviceManager,
     devices::{
         legacy::{BootTimerDevice, I8042, Serial},
         virtio::{
             balloon::{Balloon, BalloonSpec},
             blk::{Blk, BlkSpec, EngineChoice},
+            fs::{Confine, Fs, FsError, FsSpec},
             rng::Rng,
             vsock::{Vsock, VsockSpec},
         },
     },
-    jail::seccomp::{Filters, Role},
+    jail::{
+        fds,
+        seccomp::{Filters, Role},
+    },
     stop::StopSignal,
     vstate::{memory, vm::Vm},
 };
-use std::sync::{Arc, Mutex};
+use std::{
+    os::fd::RawFd,
+    sync::{Arc, Mutex},
+};
 use vmm_api::IoEngine;
 
 /// What was attached.
@@ -37,7 +44,7 @@ pub(super) fn attach(
     vm: &Vm,
     resources: DeviceResources,
     stop: &Arc<StopSignal>,
-    filters: &Filters,
+    confinement: Confinement<'_>,
     boot_timer: &Arc<BootTimer>,
 ) -> Result<Attached, BuildError> {
     let mut devices = DeviceManager::new();
@@ -61,7 +68,10 @@ pub(super) fn attach(
     }
     devices.announce(format!("hull_apstart={:#x}", layout::APSTART_PORT));
     for disk in resources.blk {
-        attach_disk(&mut devices, vm, disk, filters)?;
+        attach_disk(&mut devices, vm, disk, confinement.filters)?;
+    }
+    if let Some(fs) = resources.fs {
+        attach_fs(&mut devices, vm, fs, confinement)?;
     }
     let vsock = resources
         .vsock
@@ -108,6 +118,32 @@ fn attach_disk(
     let blk = Blk::new(spec)?;
     let metrics = blk.metrics();
     Ok(devices.attach_virtio(vm, &disk.id, Arc::new(Mutex::new(blk)), metrics)?)
+}
+
+fn attach_fs(
+    devices: &mut DeviceManager,
+    vm: &Vm,
+    fs: FsResource,
+    confinement: Confinement<'_>,
+) -> Result<(), BuildError> {
+    let thread = confinement.share_thread.ok_or(FsError::NoThread)?;
+    let spec = FsSpec::new(&fs.tag, fs.shares, memory::size_bytes(vm.ram()) >> 20)?;
+    let fs = Fs::new(spec, thread, confine_shares(confinement.filters, vm.raw_fd()))?;
+    let metrics = fs.metrics();
+    Ok(devices.attach_virtio(vm, "fs", Arc::new(Mutex::new(fs)), metrics)?)
+}
+
+/// What the thread that serves shares does before it reads what a guest wrote. It raises interrupts through the VM.
+fn confine_shares(filters: &Filters, vm: RawFd) -> Confine {
+    let (filter, is_confined) = (filters.of(Role::Shares), filters.is_confined());
+    Box::new(move |descriptors| {
+        if !is_confined {
+            return Ok(());
+        }
+        let keep: Vec<RawFd> = descriptors.iter().copied().chain([vm]).collect();
+        fds::own_table(&keep).map_err(|error| format!("a descriptor table of its own: {error}"))?;
+        filter.apply().map_err(|error| error.to_string())
+    })
 }
 
 fn attach_vsock(

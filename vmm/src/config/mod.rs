@@ -8,6 +8,7 @@ pub use resources::{Access, ResourceError, Resources};
 
 use crate::{
     arch::x86_64::mptable,
+    devices::virtio::fs::Share,
     vstate::memory::{self, MemoryError},
 };
 use std::{
@@ -80,6 +81,15 @@ pub struct BlkResource {
     pub io_engine: IoEngine,
 }
 
+/// The validated shares.
+#[derive(Debug)]
+pub struct FsResource {
+    /// What the guest mounts by.
+    pub tag: String,
+    /// In order.
+    pub shares: Vec<Share>,
+}
+
 /// The validated socket device.
 #[derive(Debug)]
 pub struct VsockResource {
@@ -119,6 +129,7 @@ pub struct VmSpec {
 #[derive(Debug)]
 pub(crate) struct DeviceResources {
     pub(crate) blk: Vec<BlkResource>,
+    pub(crate) fs: Option<FsResource>,
     pub(crate) vsock: Option<VsockResource>,
     pub(crate) rng: bool,
     pub(crate) balloon: Option<BalloonResource>,
@@ -143,6 +154,7 @@ impl VmSpec {
             .map(|initrd| resources.file(&initrd, Access::Read, "initrd"))
             .transpose()?;
         let blk = open_blk(config.blk, resources)?;
+        let fs = config.fs.map(|fs| open_fs(fs, resources)).transpose()?;
         let vsock = config
             .vsock
             .map(|vsock| open_vsock(&vsock, resources))
@@ -167,6 +179,7 @@ impl VmSpec {
             protocol: config.boot_protocol,
             devices: DeviceResources {
                 blk,
+                fs,
                 vsock,
                 rng: config.rng,
                 balloon,
@@ -176,14 +189,23 @@ impl VmSpec {
         })
     }
 
-    /// Size of the largest writable disk.
+    /// Size of the largest writable disk; without a bound where there are shares, on which a file may grow to any size.
     pub(crate) fn largest_disk_bytes(&self) -> u64 {
+        if self.devices.fs.is_some() {
+            return u64::MAX;
+        }
         let writable = self.devices.blk.iter().filter(|blk| !blk.read_only);
         writable
             .filter_map(|blk| blk.image.metadata().ok())
             .map(|metadata| metadata.len())
             .max()
             .unwrap_or(0)
+    }
+
+    /// Whether it has shares.
+    #[must_use]
+    pub fn has_shares(&self) -> bool {
+        self.devices.fs.is_some()
     }
 
     /// Whether the guest's boot is timed.
@@ -228,6 +250,25 @@ fn open_blk(configs: Vec<BlkConfig>, resources: &mut Resources) -> Result<Vec<Bl
         });
     }
     Ok(blk)
+}
+
+fn open_fs(config: vmm_api::FsConfig, resources: &mut Resources) -> Result<FsResource, ConfigError> {
+    let shares = config
+        .shares
+        .iter()
+        .enumerate()
+        .map(|(index, share)| {
+            let root = resources.share(&share.source, share.read_only, &format!("fs.shares[{index}]"))?;
+            Ok(Share {
+                root,
+                exclusive: share.exclusive,
+            })
+        })
+        .collect::<Result<_, ConfigError>>()?;
+    Ok(FsResource {
+        tag: config.tag,
+        shares,
+    })
 }
 
 fn open_vsock(

@@ -1,6 +1,6 @@
 //! What a configuration's resources are taken from: descriptors that came with a frame, or paths of a trusted command line.
 
-use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use rustix::fs::{FileType, OFlags, StatVfsMountFlags, fcntl_getfl, fstat, fstatvfs};
 use std::{
     fs::{File, OpenOptions},
     io,
@@ -81,6 +81,18 @@ pub enum ResourceError {
         /// What is needed.
         needed: &'static str,
     },
+    /// A read-only share through a mount that isn't.
+    #[error("{field}: read_only is set but the descriptor's mount is writable; make the mount read-only")]
+    WritableMount {
+        /// Field of the configuration.
+        field: String,
+    },
+    /// A share by path.
+    #[error("{field}: a share comes over the control socket, as an O_PATH descriptor of a mount made for it")]
+    SharePath {
+        /// Field of the configuration.
+        field: String,
+    },
     /// The descriptor can't be examined.
     #[error("{field}: can't examine the descriptor")]
     Examine {
@@ -145,6 +157,45 @@ impl Resources {
             }
         }
         Ok(file)
+    }
+
+    /// The root of a share: a directory or regular file, which the host's kernel must not let anybody write through this
+    /// descriptor if the share is read-only.
+    ///
+    /// # Errors
+    /// [`ResourceError`].
+    pub fn share(
+        &mut self,
+        reference: &ResourceRef,
+        read_only: bool,
+        field: &str,
+    ) -> Result<OwnedFd, ResourceError> {
+        if matches!(reference, ResourceRef::Path(_)) {
+            return Err(ResourceError::SharePath {
+                field: field.to_owned(),
+            });
+        }
+        let Located::Fd(fd) = self.locate(reference, field)? else {
+            return Err(ResourceError::SharePath {
+                field: field.to_owned(),
+            });
+        };
+        let kind = FileType::from_raw_mode(fstat(&fd).map_err(examine(field))?.st_mode);
+        let flags = fcntl_getfl(&fd).map_err(examine(field))?;
+        let is_right = matches!(kind, FileType::Directory | FileType::RegularFile);
+        if !is_right || !flags.contains(OFlags::PATH) {
+            return Err(ResourceError::Kind {
+                field: field.to_owned(),
+                expected: "an O_PATH descriptor of a directory or regular file",
+            });
+        }
+        let mount = fstatvfs(&fd).map_err(examine(field))?;
+        if read_only && !mount.f_flag.contains(StatVfsMountFlags::RDONLY) {
+            return Err(ResourceError::WritableMount {
+                field: field.to_owned(),
+            });
+        }
+        Ok(fd)
     }
 
     /// A connected Unix stream.

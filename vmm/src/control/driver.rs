@@ -3,10 +3,13 @@
 use super::queue::{DriverEnd, Order};
 use crate::{
     arch::x86_64::{backend, boot::BootError},
-    builder::{self, BuildError, MicroVm},
+    builder::{self, BuildError, Confinement, MicroVm},
     config::{ConfigError, Resources, VmSpec},
     device_manager::Subscriber,
-    devices::virtio::blk::BlkError,
+    devices::virtio::{
+        blk::BlkError,
+        fs::{FsError, ShareThread},
+    },
     jail::{
         limits,
         seccomp::{Filters, Role, SeccompError},
@@ -82,6 +85,8 @@ impl MutEventSubscriber for Wakeup {
 pub struct Driver {
     host: KvmHost,
     filters: Filters,
+    /// Serves shares, if the microVM may have any.
+    share_thread: Option<ShareThread>,
     stop: Arc<StopSignal>,
     state: State,
     queue: Option<DriverEnd>,
@@ -110,6 +115,7 @@ impl Driver {
     pub fn new(
         host: KvmHost,
         filters: Filters,
+        share_thread: Option<ShareThread>,
         queue: Option<DriverEnd>,
         process_start: Instant,
     ) -> Result<Self, DriverError> {
@@ -130,6 +136,7 @@ impl Driver {
         Ok(Self {
             host,
             filters,
+            share_thread,
             stop,
             state: State::Unconfigured,
             queue,
@@ -147,7 +154,11 @@ impl Driver {
     /// With the field or thing that is wrong; nothing is left of the attempt.
     pub fn configure(&mut self, spec: VmSpec) -> Result<(), BuildError> {
         self.largest_disk_bytes = spec.largest_disk_bytes();
-        let mut microvm = Box::new(builder::build(&self.host, spec, &self.stop, &self.filters)?);
+        let confinement = Confinement {
+            filters: &self.filters,
+            share_thread: self.share_thread.as_ref(),
+        };
+        let mut microvm = Box::new(builder::build(&self.host, spec, &self.stop, confinement)?);
         for subscriber in microvm.take_subscribers() {
             self.manager.add_subscriber(subscriber);
         }
@@ -441,7 +452,12 @@ fn describe_build(error: &BuildError) -> ApiError {
     let code = match error {
         BuildError::Boot(BootError::Cmdline { .. } | BootError::TooSmall { .. }) => ErrorCode::InvalidConfig,
         BuildError::Blk(BlkError::Queues { .. } | BlkError::Serial { .. }) => ErrorCode::InvalidConfig,
-        BuildError::Boot(_) | BuildError::Blk(_) | BuildError::Vsock(_) => ErrorCode::Resource,
+        BuildError::Fs(FsError::Tag { .. } | FsError::NoShares | FsError::NoThread) => {
+            ErrorCode::InvalidConfig
+        }
+        BuildError::Fs(_) | BuildError::Boot(_) | BuildError::Blk(_) | BuildError::Vsock(_) => {
+            ErrorCode::Resource
+        }
         _ => ErrorCode::Host,
     };
     ApiError {

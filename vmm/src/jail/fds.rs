@@ -27,6 +27,24 @@ pub fn close_all_but(keep: Option<RawFd>) -> io::Result<()> {
     }
 }
 
+/// Gives the calling thread a descriptor table of its own with nothing in it but stdio and `keep`. The numbers stay the same.
+///
+/// # Errors
+/// If the kernel refuses; the thread must then not go on.
+pub fn own_table(keep: &[RawFd]) -> io::Result<()> {
+    raw::unshare_table()?;
+    let mut keep: Vec<u32> = keep.iter().filter_map(|fd| u32::try_from(*fd).ok()).collect();
+    keep.sort_unstable();
+    let mut first = FIRST_AFTER_STDIO;
+    for fd in keep.into_iter().filter(|fd| *fd >= FIRST_AFTER_STDIO) {
+        if fd > first {
+            raw::close_range(first, fd - 1)?;
+        }
+        first = fd + 1;
+    }
+    raw::close_range(first, u32::MAX)
+}
+
 /// An inherited control socket.
 #[derive(Debug)]
 pub enum InheritedSocket {
@@ -67,11 +85,20 @@ pub fn inherited_socket(fd: RawFd) -> Result<InheritedSocket, InheritedSocketErr
 
 #[expect(unsafe_code, reason = "descriptor numbers from the command line")]
 mod raw {
-    use rustix::fd::{FromRawFd, OwnedFd};
+    use rustix::{
+        fd::{FromRawFd, OwnedFd},
+        thread::{UnshareFlags, unshare_unsafe},
+    };
     use std::{io, os::fd::RawFd};
 
+    pub(super) fn unshare_table() -> io::Result<()> {
+        // SAFETY: the thread keeps every descriptor under its number, until it closes those that it doesn't use.
+        Ok(unsafe { unshare_unsafe(UnshareFlags::FILES) }?)
+    }
+
     pub(super) fn close_range(first: u32, last: u32) -> io::Result<()> {
-        // SAFETY: called first thing in `main`: nothing in this process owns a descriptor yet.
+        // SAFETY: called first thing in `main`, when nothing in this process owns a descriptor yet, or on a table of this
+        // thread's own, in which those that own one of them don't look it up any more.
         let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0u32) };
         if result == 0 {
             Ok(())

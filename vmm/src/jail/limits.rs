@@ -1,10 +1,13 @@
 //! Resource limits: a compromised VMM must not exhaust the host with what it still may do.
 
+use crate::devices::virtio::fs;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::io;
 
 /// Devices, queues and vCPUs take some tens; the rest is for vsock connections.
 const MAX_DESCRIPTORS: u64 = 2048;
+/// For files of shares, where there are any.
+const MAX_SHARE_DESCRIPTORS: u64 = fs::MAX_DESCRIPTORS as u64;
 /// vCPUs, the control thread, and the kernel's I/O workers, which count as threads.
 const MAX_THREADS: u64 = 512;
 /// What a log or console file may grow to.
@@ -24,9 +27,10 @@ fn lower(resource: Resource, bound: u64) -> io::Result<()> {
 }
 
 /// The limits that hold from the start. `own_user`: no other process runs as this user, so its threads can be bounded.
-pub(super) fn apply(own_user: bool) -> io::Result<()> {
+pub(super) fn apply(own_user: bool, shares: bool) -> io::Result<()> {
     lower(Resource::Core, 0)?;
-    lower(Resource::Nofile, MAX_DESCRIPTORS)?;
+    let further = if shares { MAX_SHARE_DESCRIPTORS } else { 0 };
+    lower(Resource::Nofile, MAX_DESCRIPTORS + further)?;
     lower(Resource::Msgqueue, 0)?;
     lower(Resource::Locks, 0)?;
     if own_user {

@@ -6,6 +6,7 @@
 //!   fds::close_all_but        (first thing in main) nothing inherited but the named socket and stdio
 //!   [user namespace]          only without root: gives the right to do the following
 //!   namespaces                mount, net, IPC, UTS, cgroup
+//!   [shares' thread]          only if there will be shares: it gives up less than the rest does
 //!   empty root                a read-only tmpfs without a single entry, by pivot_root; the old root is unmounted
 //!   rlimits                   no core dump, few descriptors and threads; file size once the disks are known
 //!   bounding set, ids         capabilities out of the bounding set, groups, gid, uid
@@ -28,6 +29,7 @@ mod privileges;
 pub mod seccomp;
 pub mod signals;
 
+use crate::devices::virtio::fs::ShareThreadError;
 use std::io;
 
 /// Whom a jailed process of root runs as unless told otherwise: `nobody`.
@@ -65,9 +67,23 @@ pub enum JailError {
     /// Capabilities can't be dropped.
     #[error("can't drop capabilities")]
     Capabilities(#[source] caps::errors::CapsError),
+    /// The thread that serves shares.
+    #[error(transparent)]
+    Shares(#[from] ShareThreadError),
     /// Landlock is there and refuses.
     #[error("can't apply Landlock")]
     Landlock(#[source] landlock::RulesetError),
+}
+
+/// As whom a jailed process runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// It was root before; else it is who it was.
+    pub is_root: bool,
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
 }
 
 /// Names the failed step.
@@ -83,13 +99,24 @@ fn step<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> JailError {
 pub struct JailSpec {
     uid: Option<u32>,
     gid: Option<u32>,
+    shares: bool,
 }
 
 impl JailSpec {
     /// The ids asked for, if any.
     #[must_use]
     pub fn new(uid: Option<u32>, gid: Option<u32>) -> Self {
-        Self { uid, gid }
+        Self {
+            uid,
+            gid,
+            shares: false,
+        }
+    }
+
+    /// The same for a process one thread of which serves shares: it may have more descriptors.
+    #[must_use]
+    pub fn with_shares(self, shares: bool) -> Self {
+        Self { shares, ..self }
     }
 }
 
@@ -98,6 +125,18 @@ impl JailSpec {
 /// # Errors
 /// [`JailError`]; the process must then end, since it may be confined in part.
 pub fn enter(spec: &JailSpec) -> Result<(), JailError> {
+    enter_beside(spec, |_| Ok(())).map(drop)
+}
+
+/// As [`enter`]; `beside` is called in the new namespaces, with all privileges in them and the host's files still in sight. It is
+/// told as whom the process will run, and may start threads that have other rights than this one will.
+///
+/// # Errors
+/// [`JailError`], as [`enter`].
+pub fn enter_beside<T>(
+    spec: &JailSpec,
+    beside: impl FnOnce(Identity) -> Result<T, JailError>,
+) -> Result<T, JailError> {
     let own = (
         rustix::process::geteuid().as_raw(),
         rustix::process::getegid().as_raw(),
@@ -117,14 +156,16 @@ pub fn enter(spec: &JailSpec) -> Result<(), JailError> {
         namespaces::enter_user(uid, gid).map_err(JailError::UserNamespace)?;
         namespaces::enter().map_err(step("namespaces"))?;
     }
+    let result = beside(Identity { is_root, uid, gid })?;
     namespaces::enter_empty_root().map_err(step("empty root"))?;
     // Threads are counted per user: a bound makes sense only for a user that is this microVM's own.
-    limits::apply(spec.uid.is_some() && is_root).map_err(step("resource limits"))?;
+    limits::apply(spec.uid.is_some() && is_root, spec.shares).map_err(step("resource limits"))?;
     privileges::drop_bounding_set()?;
     if is_root {
         privileges::become_user(uid, gid).map_err(step("user and group"))?;
     }
     privileges::drop_capabilities()?;
     rustix::thread::set_no_new_privs(true).map_err(step("no_new_privs"))?;
-    privileges::apply_landlock()
+    privileges::apply_landlock()?;
+    Ok(result)
 }

@@ -7,7 +7,11 @@ use crate::{
 };
 use kvm_bindings::{KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, VcpuFd, VmFd};
-use std::{io, sync::Arc};
+use std::{
+    io,
+    os::fd::{AsRawFd, RawFd},
+    sync::Arc,
+};
 use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::{errno, eventfd::EventFd};
 
@@ -170,6 +174,12 @@ impl Vm {
         self.fd
             .register_irqfd(event, gsi)
             .map_err(kvm_error("register an irqfd"))
+    }
+
+    /// The VM's descriptor, for a thread whose descriptor table is to have it.
+    #[must_use]
+    pub fn raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
     }
 
     /// The interrupt line `gsi`, edge-triggered.

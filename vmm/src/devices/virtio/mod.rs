@@ -19,6 +19,7 @@
 
 pub mod balloon;
 pub mod blk;
+pub mod fs;
 pub mod iovec;
 pub mod metrics;
 pub mod queue;

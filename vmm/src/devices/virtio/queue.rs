@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use virtio_queue::desc::split::Descriptor;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -243,6 +243,12 @@ impl Virtqueue {
         chain.clear(head);
         self.walk(head, chain)?;
         Ok(true)
+    }
+
+    /// Takes the next available chain as the crate has it: not walked yet, and whoever walks it bounds it.
+    pub fn pop_descriptors(&mut self) -> Result<Option<DescriptorChain<Arc<GuestRam>>>, QueueError> {
+        let mut available = self.queue.iter(Arc::clone(&self.mem)).map_err(QueueError::Ring)?;
+        Ok(available.next())
     }
 
     /// Makes the last `count` chains popped available again. They must not have been completed.

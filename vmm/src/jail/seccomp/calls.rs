@@ -138,6 +138,41 @@ const CONTROL: &[Call] = &[
     ),
 ];
 
+/// Files beneath the shares, by descriptor; [`crate::devices::virtio::fs`] says why these.
+const SHARES: &[Call] = &[
+    (libc::SYS_openat, Always),
+    (libc::SYS_statx, Always),
+    (libc::SYS_fstatfs, Always),
+    (libc::SYS_getdents64, Always),
+    (libc::SYS_lseek, Always),
+    (libc::SYS_readlinkat, Always),
+    (libc::SYS_mkdirat, Always),
+    (libc::SYS_mknodat, Always),
+    (libc::SYS_symlinkat, Always),
+    (libc::SYS_linkat, Always),
+    (libc::SYS_unlinkat, Always),
+    (libc::SYS_renameat, Always),
+    (libc::SYS_renameat2, Always),
+    (libc::SYS_fchmodat, Always),
+    (libc::SYS_fchownat, Always),
+    (libc::SYS_utimensat, Always),
+    (libc::SYS_ftruncate, Always),
+    (libc::SYS_getxattr, Always),
+    (libc::SYS_setxattr, Always),
+    (libc::SYS_listxattr, Always),
+    (libc::SYS_removexattr, Always),
+    // File system ids of this thread, and giving up a capability for one call.
+    (libc::SYS_setfsuid, Always),
+    (libc::SYS_setfsgid, Always),
+    (libc::SYS_capget, Always),
+    (libc::SYS_capset, Always),
+    (libc::SYS_ioctl, OneOf(1, &[kvm::IRQ_LINE])),
+    (
+        libc::SYS_fcntl,
+        OneOf(1, &[libc::F_DUPFD_CLOEXEC.unsigned_abs() as u64]),
+    ),
+];
+
 /// Building a microVM and starting its threads.
 const SETUP: &[Call] = &[
     (
@@ -180,6 +215,8 @@ const SETUP: &[Call] = &[
     (libc::SYS_prlimit64, Always),
     (libc::SYS_getrlimit, Always),
     (libc::SYS_sysinfo, Always),
+    // Whether a share's mount is read-only.
+    (libc::SYS_fstatfs, Always),
     (libc::SYS_eventfd2, Always),
     (libc::SYS_epoll_create1, Always),
     (libc::SYS_timerfd_create, Always),
@@ -198,6 +235,7 @@ pub(super) fn of(role: Role) -> &'static [&'static [Call]] {
         Role::Setup => &[VCPU, EVERY_THREAD, DEVICES, DISK, SETUP],
         Role::EventLoop => &[EVERY_THREAD, DEVICES, DISK],
         Role::Disk => &[EVERY_THREAD, DISK],
+        Role::Shares => &[EVERY_THREAD, DISK, SHARES],
         Role::Vcpu => &[EVERY_THREAD, VCPU],
         Role::Control => &[EVERY_THREAD, CONTROL],
     }
