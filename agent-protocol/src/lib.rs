@@ -37,6 +37,11 @@ pub const STDIO_PORT: u32 = 1025;
 /// vsock port on the host that the agent connects to once, when its servers listen.
 pub const READY_PORT: u32 = 1023;
 
+/// What the agent mounts the shares by.
+pub const SHARES_TAG: &str = "hull";
+/// The type of a mount that is a share.
+pub const SHARE_MOUNT_TYPE: &str = "virtiofs";
+
 /// Name of the service in every request.
 pub const SERVICE: &str = "hull.agent.v1.Agent";
 

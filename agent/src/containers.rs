@@ -37,6 +37,7 @@ use crate::{
     process::{self, Credentials, Place, Plan, Program},
     process_list,
     rootfs::MountedRootfs,
+    shares,
     stdio::{self, AgentEnds, StdinCloser, Streams},
     sys::{self, Ended},
     terminal, user,
@@ -159,8 +160,13 @@ impl Containers {
         if self.lock().containers.contains_key(&id) {
             return Err(AgentError::Exists { id });
         }
+        if request.mounts.iter().any(shares::is_share) {
+            // Here, where every container's first process will find them.
+            shares::path(0).map_err(AgentError::setup("mounting the host's shares"))?;
+        }
         let mut rootfs = MountedRootfs::mount(&id, &request.rootfs, request.all_devices)?;
         rootfs.write_files(&request.files)?;
+        shares::copy_up(&rootfs.open_root()?, &request.mounts)?;
         let cgroup = Cgroup::create(&id, &request.resources)?;
         if request.device_filter {
             device_filter::attach(&cgroup.open()?, &request.resources.device_rules)

@@ -13,6 +13,7 @@
 mod block;
 mod cgroup;
 mod containers;
+mod copy_up;
 mod device_filter;
 mod error;
 mod files;
@@ -23,6 +24,7 @@ mod process_list;
 mod pump;
 mod rootfs;
 mod rpc;
+mod shares;
 mod stdio;
 mod sys;
 mod terminal;

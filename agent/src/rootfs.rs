@@ -15,7 +15,7 @@ use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
 };
 
-use crate::{block, error::AgentError, init::RUN_DIR, log::log};
+use crate::{block, error::AgentError, init::RUN_DIR, log::log, shares};
 
 const LAYERS_DIR: &str = "/run/l";
 
@@ -59,6 +59,10 @@ impl MountedRootfs {
             dir: dir.clone(),
             kept: None,
         };
+        if let Some(share) = spec.share {
+            this.mount_share(share, flags)?;
+            return Ok(this);
+        }
         let lower = this.mount_layers(&spec.layer_serials)?;
         let upper = dir.join("upper");
         make_dir(&this.root)?;
@@ -162,6 +166,16 @@ impl MountedRootfs {
         let flags = flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         mount(None::<&str>, &root, None::<&str>, flags, None::<&str>)
             .map_err(AgentError::rootfs("making the root read-only"))
+    }
+
+    /// A read-only one is sealed when everything is mounted on it.
+    fn mount_share(&mut self, share: u32, flags: MsFlags) -> Result<(), AgentError> {
+        let root = self.root.clone();
+        let source = shares::path(share).map_err(AgentError::rootfs("mounting the shares"))?;
+        self.mount_at(&source.display().to_string(), &root, "", MsFlags::MS_BIND, "")?;
+        let flags = flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
+        mount(None::<&str>, &root, None::<&str>, flags, None::<&str>)
+            .map_err(AgentError::rootfs("setting the flags of the root"))
     }
 
     /// Whether its files outlive the microVM.

@@ -29,7 +29,7 @@ use nix::{
 };
 
 use super::failure::{Failure, failed};
-use crate::sys;
+use crate::{shares, sys};
 
 /// Devices every container has, as the OCI runtime specification lists them: (path, major, minor).
 const DEFAULT_DEVICES: [(&str, u64, u64); 6] = [
@@ -67,6 +67,18 @@ pub(super) fn enter(
         .collect::<Result<Vec<_>, Errno>>()
         .map_err(failed("opening files of the host"))?;
 
+    // In the order in which they are mounted.
+    let mut shares = request
+        .mounts
+        .iter()
+        .filter(|entry| shares::is_share(entry))
+        .map(|entry| {
+            let share = entry.share.unwrap_or_default();
+            shares::open(share).map_err(failed(format!("opening share {share}")))
+        })
+        .collect::<Result<Vec<_>, _>>()?
+        .into_iter();
+
     let mut devices = request
         .devices
         .iter()
@@ -85,6 +97,9 @@ pub(super) fn enter(
     let mut terminals = Some(devpts);
     for entry in &request.mounts {
         let mounted = match entry.type_.as_str() {
+            _ if shares::is_share(entry) => shares.next().map_or(Err(Errno::ENODEV), |share| {
+                mount_share(&share, entry, request.all_devices)
+            }),
             "devpts" => terminals.take().map_or(Err(Errno::EBUSY), |devpts| {
                 make_mount_point(Path::new(&entry.destination), false)?;
                 sys::move_mount(devpts.as_fd(), Path::new(&entry.destination))
@@ -208,6 +223,36 @@ fn mount_one(entry: &Mount, all_devices: bool) -> Result<(), Errno> {
     }
     if !propagation.is_empty() {
         mount(None::<&str>, target, None::<&str>, propagation, None::<&str>)?;
+    }
+    Ok(())
+}
+
+/// Attaches a share with the flags asked for.
+fn mount_share(share: &OwnedFd, entry: &Mount, all_devices: bool) -> Result<(), Errno> {
+    let (mut flags, propagation, _) = parse_options(&entry.options);
+    flags.set(
+        MsFlags::MS_NODEV,
+        flags.contains(MsFlags::MS_NODEV) || !all_devices,
+    );
+    let set = [
+        (MsFlags::MS_RDONLY, libc::MOUNT_ATTR_RDONLY),
+        (MsFlags::MS_NOSUID, libc::MOUNT_ATTR_NOSUID),
+        (MsFlags::MS_NODEV, libc::MOUNT_ATTR_NODEV),
+        (MsFlags::MS_NOEXEC, libc::MOUNT_ATTR_NOEXEC),
+    ]
+    .into_iter()
+    .filter(|(flag, _)| flags.contains(*flag))
+    .fold(0, |set, (_, attribute)| set | attribute);
+    sys::set_mount_attributes(share.as_fd(), set, 0, 0)?;
+    shares::attach(share, Path::new(&entry.destination))?;
+    if !propagation.is_empty() {
+        mount(
+            None::<&str>,
+            Path::new(&entry.destination),
+            None::<&str>,
+            propagation,
+            None::<&str>,
+        )?;
     }
     Ok(())
 }
