@@ -61,6 +61,20 @@ pub enum SandboxError {
     /// A bundle says something wrong or impossible.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// No such volume.
+    #[error("no such volume: {name}; `hull volume ls` lists them")]
+    NoVolume {
+        /// The name.
+        name: String,
+    },
+    /// A container has the volume.
+    #[error("volume {name} is in use by {containers}; remove the containers first")]
+    VolumeInUse {
+        /// The volume's name.
+        name: String,
+        /// The containers' names.
+        containers: String,
+    },
     /// The name is taken.
     #[error(
         "the container name {name:?} is already in use by container {id}; remove it first or choose another name"

@@ -46,6 +46,7 @@ mod spec;
 mod stdio;
 mod timing;
 mod vmm_client;
+mod volumes;
 mod wait;
 
 pub use agent_protocol::{PROTOCOL_VERSION as AGENT_PROTOCOL_VERSION, PathStat, ProcessInfo, StatsResponse};
@@ -59,6 +60,8 @@ pub use locate::{Components, Directories};
 pub use process_handle::ProcessIdentity;
 pub use runtime::{Runtime, StartOptions};
 pub use session::{Attachment, ContainerExit, Ended, Session, SessionOptions, Window};
+pub use shares::{ShareMount, ShareSpec};
 pub use signals::{SignalEvent, Signals};
 pub use spec::{ContainerSpec, ImageDefaults, ProcessSpec};
 pub use timing::Timing;
+pub use volumes::{Volume, VolumeRecord, check_volume_name};

@@ -32,6 +32,7 @@ use crate::{
     container_store::Home,
     rootfs,
     run_dir::{RunDir, SocketDir},
+    shares::{self, OpenShare},
     stdio::ProcessStreams,
     timing::{Stopwatch, microseconds},
     vmm_client::{Disk, VmParts, Vmm, Watched, check_kvm},
@@ -98,6 +99,7 @@ pub(crate) struct Shape {
     pub(crate) vcpus: u8,
     pub(crate) memory_mib: u64,
     pub(crate) disks: Vec<Disk>,
+    pub(crate) shares: Vec<OpenShare>,
 }
 
 /// A microVM that runs, and the stream on which its agent will say that it is ready.
@@ -121,6 +123,7 @@ pub(crate) fn boot(
         kernel,
         cmdline: format!("{CMDLINE} {verbosity}"),
         disks: shape.disks,
+        shares: shape.shares,
         vsock,
         guest_port: (READY_PORT, guest_end),
         console,
@@ -158,12 +161,15 @@ impl MicroVm {
         if record.spec.storage_bytes.is_some() {
             disks.push(rootfs::open_writable(&home.writable_path())?);
         }
+        let shares = shares::open_all(&record.spec.shares)?;
         let sockets = launch.run.create(&record.id)?;
-        let mut vmm = Vmm::spawn(&components.vmm, &record.id, record.jail_uid())?;
+        let jail_uid = record.jail_uid();
+        let mut vmm = Vmm::spawn(&components.vmm, &record.id, jail_uid, !shares.is_empty())?;
         let shape = Shape {
             vcpus: record.spec.vcpus,
             memory_mib: record.spec.memory_mib,
             disks,
+            shares,
         };
         let ready = boot(sockets.listen_vsock()?, &mut vmm, components, shape)?;
         timing.vm_setup_us = microseconds(stopwatch.lap());

@@ -29,6 +29,9 @@ pub struct RootfsSpec {
     pub root_uid: u32,
     /// Group of the root directory.
     pub root_gid: u32,
+    /// The share that is the whole of it, by index; then there are no layers and no writable one.
+    #[serde(default)]
+    pub share: Option<u32>,
 }
 
 /// Where the writable layer is.
@@ -75,6 +78,7 @@ impl From<&PreparedImage> for RootfsSpec {
             root_mode: u32::from(image.root.mode) & 0o7777,
             root_uid: image.root.uid,
             root_gid: image.root.gid,
+            share: None,
         }
     }
 }
@@ -115,6 +119,13 @@ impl RootfsSpec {
             Writable::Memory { bytes } => Upper::TmpfsBytes(bytes),
             Writable::Disk => Upper::BlockSerial(WRITABLE_SERIAL.into()),
         };
+        if self.share.is_some() {
+            return agent_protocol::Rootfs {
+                share: self.share,
+                read_only,
+                ..agent_protocol::Rootfs::default()
+            };
+        }
         agent_protocol::Rootfs {
             layer_serials: self.layer_serials().collect(),
             upper: Some(upper),
@@ -137,6 +148,7 @@ mod tests {
             root_mode: 0o755,
             root_uid: 0,
             root_gid: 0,
+            share: None,
         }
     }
 

@@ -34,7 +34,7 @@ const SIGKILL: i32 = 9;
 /// All containers of this host and user.
 #[derive(Debug)]
 pub struct Runtime {
-    root: PathBuf,
+    pub(crate) root: PathBuf,
     pub(crate) store: ContainerStore,
     pub(crate) run: RunDir,
 }

@@ -15,6 +15,7 @@ use crate::{
     defaults,
     log_driver::LogConfig,
     rootfs::{RootfsSpec, Writable},
+    shares::{ShareMount, ShareSpec},
 };
 
 /// Smallest memory a microVM boots with.
@@ -77,6 +78,10 @@ pub struct ContainerSpec {
     pub read_only: bool,
     /// Further tmpfs mounts: path and options.
     pub tmpfs: Vec<(String, Vec<String>)>,
+    /// Directories and files of the host it has.
+    pub shares: Vec<ShareSpec>,
+    /// Where it sees them.
+    pub share_mounts: Vec<ShareMount>,
     /// vCPUs of the microVM.
     pub vcpus: u8,
     /// Processor time, in thousandths of a CPU, where it is less than the vCPUs'.
@@ -249,6 +254,7 @@ impl ContainerSpec {
     /// The mounts of a container, in order.
     fn mounts(&self) -> Vec<Mount> {
         let mut mounts = defaults::mounts(self.shm_bytes, self.confinement.privileged);
+        let kernel = mounts.len();
         mounts.extend(self.tmpfs.iter().map(|(path, options)| {
             Mount {
                 destination: path.clone(),
@@ -262,6 +268,23 @@ impl ContainerSpec {
                 ..Mount::default()
             }
         }));
+        mounts.extend(self.share_mounts.iter().map(|mount| Mount {
+            destination: mount.destination.clone(),
+            type_: agent_protocol::SHARE_MOUNT_TYPE.into(),
+            source: agent_protocol::SHARES_TAG.into(),
+            options: mount.options.clone(),
+            share: Some(mount.share),
+            copy_up: mount.copy_up,
+            ..Mount::default()
+        }));
+        // Outer ones first, so that a mount below another is not covered by it.
+        mounts[kernel..].sort_by_key(|mount| {
+            mount
+                .destination
+                .split('/')
+                .filter(|part| !part.is_empty())
+                .count()
+        });
         mounts
     }
 
@@ -429,6 +452,7 @@ mod tests {
                 root_mode: 0o755,
                 root_uid: 0,
                 root_gid: 0,
+                share: None,
             },
             process: ProcessSpec::compose(&image(), None, vec![], &[], None, None).unwrap(),
             hostname: None,

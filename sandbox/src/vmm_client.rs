@@ -23,13 +23,15 @@ use rustix::{
     io::{FdFlags, fcntl_getfd, fcntl_setfd},
 };
 use vmm_api::{
-    BalloonConfig, BlkConfig, BootProtocol, Client, ClientError, Event, GuestPortConfig, HugePages, IoEngine,
-    RequestBody, ResourceRef, ResponseBody, SerialConfig, VmConfig, VsockConfig,
+    BalloonConfig, BlkConfig, BootProtocol, Client, ClientError, Event, FsConfig, FsShareConfig,
+    GuestPortConfig, HugePages, IoEngine, RequestBody, ResourceRef, ResponseBody, SerialConfig, VmConfig,
+    VsockConfig,
 };
 
 use crate::{
     Result, SandboxError, SandboxId,
     process_handle::{ProcessHandle, ProcessIdentity},
+    shares::OpenShare,
     wait,
 };
 
@@ -62,6 +64,7 @@ pub(crate) struct VmParts {
     pub(crate) cmdline: String,
     /// The first one is the root of the microVM.
     pub(crate) disks: Vec<Disk>,
+    pub(crate) shares: Vec<OpenShare>,
     pub(crate) vsock: UnixListener,
     /// Port on the host and the stream that serves it.
     pub(crate) guest_port: (u32, UnixStream),
@@ -95,8 +98,8 @@ fn keep_across_exec(fd: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 impl Vmm {
-    /// Starts the process. It has no microVM yet.
-    pub(crate) fn spawn(program: &Path, id: &SandboxId, jail_uid: u32) -> Result<Self> {
+    /// Starts the process. It has no microVM yet, and can only have one with shares if `shares` says so.
+    pub(crate) fn spawn(program: &Path, id: &SandboxId, jail_uid: u32, shares: bool) -> Result<Self> {
         let (ours, theirs) = UnixStream::pair().map_err(SandboxError::system("creating a socket pair"))?;
         keep_across_exec(theirs.as_fd()).map_err(SandboxError::system("passing the control socket on"))?;
         let mut command = Command::new(program);
@@ -109,6 +112,9 @@ impl Vmm {
             .stderr(Stdio::piped())
             // A terminal's Ctrl-C is for the container, which gets it from us.
             .process_group(0);
+        if shares {
+            command.arg("--shares");
+        }
         if rustix::process::geteuid().is_root() {
             command.args(["--uid", &jail_uid.to_string(), "--gid", &jail_uid.to_string()]);
         }
@@ -323,6 +329,15 @@ fn config<'a>(parts: &'a VmParts, fds: &mut Vec<BorrowedFd<'a>>) -> VmConfig {
             io_engine: IoEngine::Auto,
         })
         .collect();
+    let shares: Vec<FsShareConfig> = parts
+        .shares
+        .iter()
+        .map(|share| FsShareConfig {
+            source: attach(share.root.as_fd()),
+            read_only: share.read_only,
+            exclusive: share.exclusive,
+        })
+        .collect();
     let (port, stream) = &parts.guest_port;
     VmConfig {
         vcpu_count: parts.vcpus,
@@ -333,6 +348,10 @@ fn config<'a>(parts: &'a VmParts, fds: &mut Vec<BorrowedFd<'a>>) -> VmConfig {
         cmdline: parts.cmdline.clone(),
         boot_protocol: BootProtocol::Linux64,
         blk,
+        fs: (!shares.is_empty()).then(|| FsConfig {
+            tag: agent_protocol::SHARES_TAG.to_owned(),
+            shares,
+        }),
         vsock: Some(VsockConfig {
             cid: GUEST_CID,
             listener: attach(parts.vsock.as_fd()),
@@ -388,7 +407,7 @@ mod tests {
     #[test]
     fn vmm_that_cannot_be_started_is_named() {
         let id = SandboxId::random().unwrap();
-        let error = Vmm::spawn(Path::new("/nonexistent/hull-vmm"), &id, 1).unwrap_err();
+        let error = Vmm::spawn(Path::new("/nonexistent/hull-vmm"), &id, 1, false).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/hull-vmm"), "{error}");
     }
 
@@ -398,7 +417,7 @@ mod tests {
         let program = dir.path().join("vmm");
         std::fs::write(&program, "#!/bin/sh\necho 'no such thing' >&2\nexit 1\n").unwrap();
         std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        let mut vmm = Vmm::spawn(&program, &SandboxId::random().unwrap(), 1).unwrap();
+        let mut vmm = Vmm::spawn(&program, &SandboxId::random().unwrap(), 1, false).unwrap();
         let (_keep, waited) = UnixStream::pair().unwrap();
         let deadline = Instant::now() + Duration::from_secs(5);
         let error = vmm.watch(waited.as_fd(), None, deadline).unwrap_err();

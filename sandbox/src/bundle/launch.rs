@@ -32,6 +32,7 @@ use crate::{
     monitor::{Connection, Incoming},
     oci_spec::{Network, Policy, Translated, translate},
     rootfs::RootfsSpec,
+    shares,
     stdio::connect_ports,
     vmm_client::{Vmm, check_kvm},
 };
@@ -108,7 +109,9 @@ fn launch(
     let ends = Ends::new(stdio, record.terminal, translated.console_size)?;
     let request = request_of(record, &mut translated, input);
     let disks = RootfsSpec::default().open_disks(&components.agent_image)?;
-    let mut vmm = Vmm::spawn(&components.vmm, &record.sandbox_id, record.jail_uid)?;
+    let shares = shares::open_all(&translated.shares)?;
+    let shared = !shares.is_empty();
+    let mut vmm = Vmm::spawn(&components.vmm, &record.sandbox_id, record.jail_uid, shared)?;
     record.run = Some(RunInfo {
         vmm: Some(vmm.identity),
         ..RunInfo::of_this_process()?
@@ -118,6 +121,7 @@ fn launch(
         vcpus: translated.vcpus,
         memory_mib: translated.memory_mib,
         disks,
+        shares,
     };
     let ready = boot(home.listen_vsock()?, &mut vmm, components, shape)?;
     wait_ready(&mut vmm, &ready, client.as_fd())?;

@@ -77,8 +77,10 @@ pub(super) fn root(spec: &Spec, bundle: &Path) -> Result<ShareSpec> {
     match found {
         Ok((metadata, source)) if metadata.is_dir() => Ok(ShareSpec {
             source,
-            read_only: root.readonly().unwrap_or(false),
+            // The places of mounts are made in it first, as runc does; then the agent makes it read-only for the container.
+            read_only: false,
             recursive: true,
+            exclusive: true,
         }),
         Ok(_) => invalid("root.path", format!("{} is not a directory", path.display())),
         Err(error) => invalid("root.path", format!("{}: {error}", path.display())),
@@ -239,6 +241,7 @@ impl Mounts {
             source: path,
             read_only: is_read_only(&options),
             recursive,
+            exclusive: false,
         });
         self.mounts.push(Mount {
             destination,
