@@ -184,6 +184,32 @@ fn graph_driver(record: &ContainerRecord) -> Value {
     json!({"Name": "erofs", "Data": {"Layers": layers, "WritableLayer": writable}})
 }
 
+fn mounts(record: &ContainerRecord) -> Vec<Value> {
+    let spec = &record.spec;
+    let shares = spec.share_mounts.iter().filter_map(|mount| {
+        let share = spec.shares.get(usize::try_from(mount.share).ok()?)?;
+        let mut described = json!({
+            "Type": "bind",
+            "Source": share.source,
+            "Destination": mount.destination,
+            "Mode": mount.options.join(","),
+            "RW": !share.read_only,
+            "Propagation": "rprivate",
+        });
+        if let (Some(name), Some(fields)) = (&mount.volume, described.as_object_mut()) {
+            fields.insert("Type".to_owned(), json!("volume"));
+            fields.insert("Name".to_owned(), json!(name));
+            fields.insert("Driver".to_owned(), json!("local"));
+            fields.insert("Propagation".to_owned(), json!(""));
+        }
+        Some(described)
+    });
+    let tmpfs = spec.tmpfs.iter().map(|(path, options)| {
+        json!({"Type": "tmpfs", "Destination": path, "Mode": options.join(","), "RW": true})
+    });
+    shares.chain(tmpfs).collect()
+}
+
 /// Space that a sparse file takes on disk.
 fn allocated(path: &std::path::Path) -> Option<u64> {
     use std::os::unix::fs::MetadataExt as _;
@@ -219,14 +245,7 @@ pub fn describe(runtime: &Runtime, record: &ContainerRecord, size: bool) -> anyh
         platform: "linux",
         host_config: host_config(record),
         graph_driver: graph_driver(record),
-        mounts: record
-            .spec
-            .tmpfs
-            .iter()
-            .map(|(path, options)| {
-                json!({"Type": "tmpfs", "Destination": path, "Mode": options.join(","), "RW": true})
-            })
-            .collect(),
+        mounts: mounts(record),
         config: config(record),
         micro_vm: json!({
             "VCPUs": record.spec.vcpus,

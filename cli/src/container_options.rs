@@ -5,11 +5,13 @@ use std::{collections::BTreeMap, fs, io::Write as _, path::PathBuf};
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
 use sandbox::{
-    ContainerSpec, Directories, ProcessSpec, SandboxError, SandboxId, log_driver::LogConfig,
+    ContainerSpec, Directories, ProcessSpec, SandboxError, SandboxId, ShareSpec, log_driver::LogConfig,
     rootfs::RootfsSpec,
 };
 
-use crate::{confinement_options::ConfinementOptions, image, signal_name, terminal};
+use crate::{
+    confinement_options::ConfinementOptions, image, mount_options::MountOptions, signal_name, terminal,
+};
 
 /// Memory of a microVM unless told otherwise. What the guest doesn't use, or frees, stays with the host.
 const DEFAULT_MEMORY: &str = "512m";
@@ -73,6 +75,11 @@ pub struct ContainerOptions {
     /// Mount the container's root filesystem read-only
     #[arg(long)]
     read_only: bool,
+    /// IMAGE is a directory of the host, which becomes the root filesystem as it is
+    #[arg(long)]
+    rootfs: bool,
+    #[command(flatten)]
+    mounts: MountOptions,
     /// Mount a tmpfs: PATH[:OPTIONS]
     #[arg(long, value_name = "PATH")]
     tmpfs: Vec<String>,
@@ -154,6 +161,15 @@ fn parse_cpus(text: &str) -> Result<Cpus, String> {
     })
 }
 
+/// What a container is made from.
+#[derive(Debug, Default)]
+struct Root {
+    id: String,
+    rootfs: RootfsSpec,
+    defaults: sandbox::ImageDefaults,
+    stop_signal: Option<i32>,
+}
+
 /// Where `--cidfile` puts the id: made before the container, so that a file in the way stops nothing half-way.
 #[derive(Debug)]
 pub struct IdFile {
@@ -219,7 +235,7 @@ fn parse_tmpfs(text: &str) -> Result<(String, Vec<String>), SandboxError> {
     ))
 }
 
-fn parse_label(text: &str) -> Result<(String, String), SandboxError> {
+pub fn parse_label(text: &str) -> Result<(String, String), SandboxError> {
     let (name, value) = text.split_once('=').unwrap_or((text, ""));
     if name.is_empty() {
         return Err(SandboxError::InvalidOption {
@@ -297,39 +313,65 @@ impl ContainerOptions {
         })
     }
 
+    /// Finds or fetches the image, or takes a directory in its place.
+    fn root(&self, directories: &Directories, base: &mut ContainerSpec) -> anyhow::Result<Root> {
+        if !self.rootfs {
+            let image = image::obtain(directories, self.image(), self.pull)?;
+            let stop_signal = image.config.stop_signal.as_ref();
+            return Ok(Root {
+                stop_signal: stop_signal.and_then(|name| signal_name::parse(name).ok()),
+                defaults: image::defaults(&image.config),
+                rootfs: RootfsSpec::from(&image),
+                id: image.id,
+            });
+        }
+        let source = fs::canonicalize(self.image())
+            .with_context(|| format!("--rootfs {}: can't find it", self.image()))?;
+        let share = u32::try_from(base.shares.len())?;
+        base.shares.push(ShareSpec {
+            source,
+            read_only: self.read_only,
+            recursive: true,
+            exclusive: true,
+        });
+        Ok(Root {
+            rootfs: RootfsSpec {
+                share: Some(share),
+                ..RootfsSpec::default()
+            },
+            ..Root::default()
+        })
+    }
+
     /// Finds or fetches the image, and composes the container.
     pub fn spec(&self, directories: &Directories) -> anyhow::Result<ContainerSpec> {
         // What needs no image is checked before one is fetched.
         let log = LogConfig::parse(&self.log_driver, &self.log_opt)?;
         let storage_bytes = parse_storage(&self.storage_opt)?;
         let tmpfs = self.tmpfs.iter().map(|text| parse_tmpfs(text));
-        let tmpfs = tmpfs.collect::<Result<_, _>>()?;
+        let tmpfs = tmpfs.collect::<Result<Vec<_>, _>>()?;
         let labels = self.label.iter().map(|text| parse_label(text));
         let labels = labels.collect::<Result<BTreeMap<_, _>, _>>()?;
         let mut base = ContainerSpec::default();
         self.confinement.apply(&mut base)?;
-        let image = image::obtain(directories, self.image(), self.pull)?;
-        let process = self.process(&image::defaults(&image.config))?;
-        let images_signal = || {
-            let name = image.config.stop_signal.as_ref()?;
-            signal_name::parse(name).ok()
-        };
+        self.mounts.apply(&mut base, directories)?;
+        let image = self.root(directories, &mut base)?;
         Ok(ContainerSpec {
             name: self.name.clone(),
             image: self.image().to_owned(),
-            image_id: image.id.clone(),
-            rootfs: RootfsSpec::from(&image),
-            process,
+            image_id: image.id,
+            rootfs: image.rootfs,
+            process: self.process(&image.defaults)?,
             hostname: self.hostname.clone(),
             read_only: self.read_only,
-            tmpfs,
+            tmpfs: tmpfs.into_iter().chain(std::mem::take(&mut base.tmpfs)).collect(),
             labels,
             vcpus: self.cpus.vcpus,
             cpu_limit_milli: self.cpus.limit_milli,
             memory_mib: self.memory.mib,
             log,
             storage_bytes,
-            stop_signal: self.stop_signal.or_else(images_signal),
+            stop_signal: self.stop_signal.or(image.stop_signal),
             stop_timeout_s: self.stop_timeout,
             auto_remove: self.rm,
             ..base

@@ -32,6 +32,7 @@ mod log_reader;
 mod login;
 mod logout;
 mod logs;
+mod mount_options;
 mod output;
 mod pause;
 mod prune;
@@ -54,6 +55,7 @@ mod terminal;
 mod times;
 mod top;
 mod version;
+mod volume;
 mod wait;
 
 use std::{io::Write as _, process::ExitCode, time::Instant};
@@ -101,6 +103,7 @@ enum Verb {
     Tag(image_tag::Tag),
     Rmi(rmi::Rmi),
     Image(image_command::Image),
+    Volume(volume::Volume),
     Prune(prune::Prune),
     Top(top::Top),
     Login(login::Login),
@@ -166,6 +169,7 @@ fn main() -> ExitCode {
         Verb::Tag(tag) => (tag.execute(), |_| 1),
         Verb::Rmi(rmi) => (rmi.execute(), |_| 1),
         Verb::Image(image) => (image.execute(), |_| 1),
+        Verb::Volume(volume) => (volume.execute(), |_| 1),
         Verb::Prune(prune) => (prune.execute(), |_| 1),
         Verb::Top(top) => (top.execute(), |_| 1),
         Verb::Login(login) => (login.execute(), |_| 1),

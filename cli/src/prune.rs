@@ -44,7 +44,7 @@ pub struct Prune {
 }
 
 /// Asks before something is gone for good. Without a terminal or an answer, it is no.
-fn confirmed(warning: &str) -> anyhow::Result<bool> {
+pub fn confirmed(warning: &str) -> anyhow::Result<bool> {
     let mut stderr = std::io::stderr();
     write!(
         stderr,
