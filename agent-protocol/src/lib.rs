@@ -88,6 +88,7 @@ methods! {
     CloseStdin(ProcessRef) -> Empty;
     ListProcesses(ContainerRef) -> ListProcessesResponse;
     GetStats(ContainerRef) -> StatsResponse;
+    UpdateContainer(UpdateContainerRequest) -> Empty;
     StatPath(PathRequest) -> PathStat;
     Archive(ArchiveRequest) -> PathStat;
     Extract(ExtractRequest) -> Empty;

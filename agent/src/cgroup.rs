@@ -48,6 +48,12 @@ impl Cgroup {
         Ok(this)
     }
 
+    /// Changes limits of a group that is there.
+    pub fn update(&self, resources: &Resources) -> Result<(), AgentError> {
+        enable_controllers(&resources.files)?;
+        self.set(&resources.files)
+    }
+
     /// Writes its files; their controllers are enabled.
     fn set(&self, files: &[CgroupFile]) -> Result<(), AgentError> {
         for CgroupFile {

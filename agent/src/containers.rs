@@ -23,7 +23,7 @@ use std::{
 };
 
 use agent_protocol::{
-    CreateContainerRequest, CreateExecRequest, Process, ProcessInfo, ProcessRef, StatsResponse,
+    CreateContainerRequest, CreateExecRequest, Process, ProcessInfo, ProcessRef, Resources, StatsResponse,
     WaitProcessResponse, WindowSize, wait_process_response::Outcome,
 };
 use nix::{errno::Errno, sys::signal::Signal};
@@ -459,6 +459,11 @@ impl Containers {
             (container.cgroup.pids(), Arc::clone(&container.surroundings))
         };
         Ok(process_list::describe(&pids, &surroundings.root))
+    }
+
+    /// Changes the limits of a container.
+    pub fn update(&self, container_id: &str, resources: &Resources) -> Result<(), AgentError> {
+        self.lock().container(container_id)?.cgroup.update(resources)
     }
 
     /// The statistics of a container.

@@ -123,7 +123,8 @@ impl Bundle {
         Ok(bundle)
     }
 
-    fn path(&self) -> PathBuf {
+    /// Its folder.
+    pub fn path(&self) -> PathBuf {
         self.dir.path().join("bundle")
     }
 

@@ -9,6 +9,7 @@ mod guest;
 mod harness;
 mod idle;
 mod import;
+mod oci;
 mod report;
 mod run;
 mod stats;
@@ -42,6 +43,8 @@ enum Verb {
     Run(run::RunArgs),
     /// A whole `hull exec` of a trivial command, beside runc and crun
     Exec(run::ExecArgs),
+    /// A container's whole life by `hull-oci`, beside runc and crun on the same bundle
+    Oci(oci::OciArgs),
     /// Real programs' own figures, beside runc on the same images
     Workloads(workloads::WorkloadsArgs),
     /// What an idle container costs in memory, for one and for many
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         Verb::Idle(args) => idle::run(args, &cli.out),
         Verb::Run(args) => run::run(args, &cli.out),
         Verb::Exec(args) => run::exec(args, &cli.out),
+        Verb::Oci(args) => oci::run(args, &cli.out),
         Verb::Workloads(args) => workloads::run(args, &cli.out),
         Verb::Density(args) => density::run(args, &cli.out),
         Verb::Stdio(args) => stdio::run(args, &cli.out),

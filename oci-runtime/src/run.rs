@@ -47,9 +47,9 @@ impl Run {
             Some(_) => detached_stdio(terminal, self.making.console_socket.as_deref())?,
         };
         let foreign_console = stdio.console_socket.is_some();
-        // Before anything is there that could be asked for.
-        let signals = sandbox::Signals::take()?;
         self.making.create(global, &spec, stdio)?;
+        // Not before: a child inherits what is blocked.
+        let signals = sandbox::Signals::take()?;
         let raw = (terminal && !foreign_console)
             .then(console::RawTerminal::enter)
             .flatten();

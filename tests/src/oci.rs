@@ -69,6 +69,8 @@ impl Runtime {
             .arg("--root")
             .arg(self.root())
             .args(arguments)
+            // What is this runtime's is told by it.
+            .env("HULL_TEST_WORLD", self.dir.path())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());

@@ -4,7 +4,7 @@ use super::{
     Bounded, InvalidMessage, MAX_FILE_BYTES, MAX_LIST_ENTRIES, MAX_PATH_BYTES, check_id, check_list,
     check_path, check_strings, check_text, require,
 };
-use crate::{CreateContainerRequest, IdMapping, Resources};
+use crate::{CreateContainerRequest, IdMapping, Resources, UpdateContainerRequest};
 
 /// Most directories and files of the host that a microVM sees.
 pub const MAX_SHARES: u32 = 1024;
@@ -92,6 +92,13 @@ impl Bounded for CreateContainerRequest {
         }
         check_namespaces(self)?;
         check_hooks(self)
+    }
+}
+
+impl Bounded for UpdateContainerRequest {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        check_id("container_id", &self.container_id)?;
+        self.resources.get_or_default().check()
     }
 }
 

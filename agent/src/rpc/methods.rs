@@ -10,7 +10,7 @@ use agent_protocol::{
     Archive, ArchiveRequest, CloseStdin, Connect, ConnectRequest, ConnectResponse, CreateContainer,
     CreateExec, DecodeError, Empty, Extract, ExtractRequest, GetStats, ListProcesses, ListProcessesResponse,
     Method, PROTOCOL_VERSION, PathStat, ProcessRef, ResizeTty, SERVICE, Shutdown, SignalProcess,
-    StartProcess, StartProcessResponse, StatPath, WaitProcess, decode,
+    StartProcess, StartProcessResponse, StatPath, UpdateContainer, WaitProcess, decode,
     envelope::Request,
     stdio::{Stream, StreamHeader},
 };
@@ -123,6 +123,11 @@ impl Connection {
             GetStats::NAME => {
                 let stats = containers.stats(&decode_as::<GetStats>(request)?.container_id)?;
                 responder.succeed(&stats);
+            }
+            UpdateContainer::NAME => {
+                let update = decode_as::<UpdateContainer>(request)?;
+                containers.update(&update.container_id, update.resources.get_or_default())?;
+                responder.succeed(&Empty::default());
             }
             StatPath::NAME => {
                 let asked = decode_as::<StatPath>(request)?;

@@ -153,6 +153,7 @@ impl Bundles {
                 .unwrap_or(false),
             owner: rustix::process::geteuid().as_raw(),
             jail_uid: self.homes.take_jail_uid(request.id)?,
+            memory_mib: 0,
             created_ms: now_ms(),
             status: BundleStatus::Creating,
             run: Some(RunInfo::of_this_process()?),

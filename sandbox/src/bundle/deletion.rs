@@ -225,6 +225,7 @@ mod tests {
             terminal: false,
             owner: 0,
             jail_uid: world.bundles.homes.take_jail_uid(id).unwrap(),
+            memory_mib: 0,
             created_ms: 0,
             status,
             run: Some(run),

@@ -83,13 +83,13 @@ fn launch(
     (hooks, systemd_cgroup): (bool, bool),
 ) -> Result<Created> {
     check_kvm()?;
-    let signals = AllSignals::take()?;
     let spec = home.spec()?;
     let policy = Policy {
         systemd_cgroup,
         ..Policy::of_host()
     };
     let mut translated = translate(&spec, &record.bundle, &policy).map_err(SandboxError::from)?;
+    record.memory_mib = translated.memory_mib;
     enter_network(&translated.network)?;
     let mut cgroups = HostCgroups::planned(&host_path(translated.host_cgroup.as_ref(), &record.id));
     // Known before they are there, so that who finds this process killed can remove them.
@@ -123,6 +123,8 @@ fn launch(
         disks,
         shares,
     };
+    // Not before: a child inherits what is blocked. Until now a signal ends this process, and the creation with it.
+    let signals = AllSignals::take()?;
     let ready = boot(home.listen_vsock()?, &mut vmm, components, shape)?;
     wait_ready(&mut vmm, &ready, client.as_fd())?;
     let agent = create_in_guest(home, &request)?;

@@ -110,6 +110,9 @@ pub(super) struct BundleRecord {
     pub(super) terminal: bool,
     pub(super) owner: u32,
     pub(super) jail_uid: u32,
+    /// Memory of its microVM, once that is known.
+    #[serde(default)]
+    pub(super) memory_mib: u64,
     pub(super) created_ms: u64,
     pub(super) status: BundleStatus,
     /// Its processes on the host, while it has any.

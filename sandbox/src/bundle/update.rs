@@ -1,5 +1,6 @@
 //! Other limits for a container that is there: on the host for the microVM, in the guest for its processes.
 
+use agent_protocol::{UpdateContainer, UpdateContainerRequest};
 use oci_spec::runtime::LinuxResources;
 
 use super::{
@@ -8,6 +9,7 @@ use super::{
     error::{BundleError, Result},
     record::BundleStatus,
 };
+use crate::{SandboxError, oci_spec::translate_resources};
 
 impl HostLimits {
     /// What is given of CPU time and processors. Memory is the microVM's size, which can't change.
@@ -36,6 +38,26 @@ impl Bundles {
         if matches!(record.status, BundleStatus::Stopped | BundleStatus::Creating) {
             return Err(BundleError::NotRunning);
         }
+        let limit = resources.memory().and_then(|memory| memory.limit()).unwrap_or(0);
+        let size_mib = record.memory_mib;
+        if u64::try_from(limit).is_ok_and(|bytes| bytes > size_mib << 20) {
+            return Err(SandboxError::InvalidOption {
+                option: "memory.limit",
+                problem: format!(
+                    "{limit} bytes are more than the {size_mib} MiB of the microVM, whose size doesn't change"
+                ),
+            }
+            .into());
+        }
+        let request = UpdateContainerRequest {
+            container_id: record.sandbox_id.as_str().to_owned(),
+            resources: Some(translate_resources(resources).map_err(SandboxError::from)?).into(),
+            ..UpdateContainerRequest::default()
+        };
+        let (record, mut agent) = self.agent(id)?;
+        agent
+            .call::<UpdateContainer>(&request)
+            .map_err(BundleError::from_agent)?;
         HostCgroups::existing(&record.cgroups).limit(&HostLimits::of_cpu(resources))
     }
 }
