@@ -182,22 +182,7 @@ impl Hull {
 
     /// Processes of this world other than those the test itself holds.
     pub fn processes(&self) -> Vec<(i32, String)> {
-        let marker = self.root.path().display().to_string();
-        let Ok(entries) = fs::read_dir("/proc") else {
-            return Vec::new();
-        };
-        entries
-            .flatten()
-            .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
-            .filter(|pid| *pid != i32::try_from(std::process::id()).unwrap_or(-1))
-            .filter_map(|pid| {
-                let read = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
-                let environment = String::from_utf8_lossy(&read("environ")).into_owned();
-                let line = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
-                // A zombie has neither; it waits for its parent, who is ours to look at.
-                (environment.contains(&marker) || line.contains(&marker)).then_some((pid, line))
-            })
-            .collect()
+        processes_with(&self.root.path().display().to_string())
     }
 
     /// The VMM processes of this world.
@@ -249,8 +234,27 @@ impl Hull {
     }
 }
 
+/// Processes, other than this one, that carry a text in their command line or environment; with their command lines.
+pub fn processes_with(marker: &str) -> Vec<(i32, String)> {
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+        .filter(|pid| *pid != i32::try_from(std::process::id()).unwrap_or(-1))
+        .filter_map(|pid| {
+            let read = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
+            let environment = String::from_utf8_lossy(&read("environ")).into_owned();
+            let line = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
+            // A zombie has neither; it waits for its parent, who is ours to look at.
+            (environment.contains(marker) || line.contains(marker)).then_some((pid, line))
+        })
+        .collect()
+}
+
 /// Files and folders of sandboxes; a lock file at the top that outlives its users holds nothing.
-fn files_below(directory: &Path, found: &mut Vec<String>) {
+pub fn files_below(directory: &Path, found: &mut Vec<String>) {
     let Ok(entries) = fs::read_dir(directory) else {
         return;
     };
@@ -272,7 +276,15 @@ fn files_below(directory: &Path, found: &mut Vec<String>) {
 }
 
 /// Wait for a child that has pipes, without letting it hang the test.
-pub fn finish(mut child: Child) -> Outcome {
+pub fn finish(child: Child) -> Outcome {
+    finish_within(child, TIMEOUT)
+}
+
+/// Wait for a child that has pipes; one that takes longer has hung.
+///
+/// # Panics
+/// It has hung.
+pub fn finish_within(mut child: Child, timeout: Duration) -> Outcome {
     let drain = |pipe: Option<Box<dyn Read + Send>>| {
         std::thread::spawn(move || {
             let mut bytes = Vec::new();
@@ -284,11 +296,11 @@ pub fn finish(mut child: Child) -> Outcome {
     };
     let stdout = drain(child.stdout.take().map(|pipe| Box::new(pipe) as _));
     let stderr = drain(child.stderr.take().map(|pipe| Box::new(pipe) as _));
-    let status = wait_for(&mut child, TIMEOUT);
+    let status = wait_for(&mut child, timeout);
     let status = status.unwrap_or_else(|| {
         child.kill().ok();
         child.wait().ok();
-        panic!("hung for {} s", TIMEOUT.as_secs())
+        panic!("hung for {} s", timeout.as_secs())
     });
     Outcome {
         stdout: stdout.join().expect("the reader does not panic"),

@@ -3,6 +3,8 @@
 //! Owner: `cargo xtask test`, which builds the products and names them in the environment. Nothing here is linked by a
 //! product.
 
+pub mod containerd;
+pub mod cri;
 pub mod footprint;
 pub mod hull;
 pub mod initramfs;

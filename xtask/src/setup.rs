@@ -37,12 +37,15 @@ const IMAGES: &[&str] = &["busybox-static", "mmdebstrap", "umoci"];
 /// Check our results against somebody else's: other VMMs, other runtimes, other file system tools.
 const TESTS: &[&str] = &[
     "attr",
+    "containerd",
+    "containernetworking-plugins",
     "crun",
     "docker-registry",
     "e2fsprogs",
     "erofs-utils",
     "gdb",
     "iproute2",
+    "iptables",
     "jq",
     "libcap2-bin",
     "openssl",

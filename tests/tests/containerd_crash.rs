@@ -1,0 +1,133 @@
+//! Whoever is killed, containerd ends up knowing the truth, and nothing is left.
+
+use std::time::Duration;
+
+use hull_tests::containerd::{Containerd, HULL};
+use hull_tests::hull::{eventually, signal};
+use nix::sys::signal::Signal;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn sleeper(world: &Containerd, id: &str) {
+    world.run_detached(HULL, "busybox", id, &["sleep", "1000"]);
+}
+
+fn status_of(world: &Containerd, id: &str) -> String {
+    world
+        .task(id)
+        .map_or_else(|| "none".to_owned(), |(_, status)| status)
+}
+
+/// A container whose process on the host was killed is stopped for containerd, with SIGKILL's status, and can be removed.
+fn is_reported(world: &Containerd, id: &str) {
+    let stopped = eventually(PATIENCE, || status_of(world, id) == "STOPPED");
+    assert!(stopped, "{} {}", status_of(world, id), world.log());
+    let deleted = world.try_ctr(&["tasks", "delete", id]);
+    assert_eq!(deleted.status.code(), Some(137), "{deleted:?}");
+    world.ctr(&["containers", "delete", id]);
+    assert_eq!(world.settle(&[id]), Vec::<String>::new());
+}
+
+#[test]
+fn containerd_comes_back_to_containers_that_ran_on() {
+    let Some(mut world) = Containerd::with_images(&["busybox"]) else {
+        return;
+    };
+    sleeper(&world, "c1");
+    world.run_detached(
+        HULL,
+        "busybox",
+        "c2",
+        &["sh", "-c", "while [ ! -e /tmp/go ]; do sleep 0.05; done; exit 5"],
+    );
+    for how in [Signal::SIGTERM, Signal::SIGKILL] {
+        world.restart(how);
+        assert_eq!(
+            (status_of(&world, "c1").as_str(), status_of(&world, "c2").as_str()),
+            ("RUNNING", "RUNNING")
+        );
+        let name = format!("after-{how}");
+        assert_eq!(world.exec("c1", &name, &["sh", "-c", "exit 6"]).code(), 6);
+    }
+    // One ends while nobody is there to hear it.
+    assert_eq!(world.exec("c2", "go", &["touch", "/tmp/go"]).code(), 0);
+    world.stop_daemon(Signal::SIGKILL);
+    world.restart(Signal::SIGKILL);
+    let stopped = eventually(PATIENCE, || status_of(&world, "c2") == "STOPPED");
+    assert!(stopped, "{}", world.log());
+    assert_eq!(world.try_ctr(&["tasks", "delete", "c2"]).status.code(), Some(5));
+    world.ctr(&["containers", "delete", "c2"]);
+    world.remove("c1");
+    assert_eq!(world.settle(&["c1", "c2"]), Vec::<String>::new());
+}
+
+#[test]
+fn shim_that_is_killed_takes_its_container_along() {
+    let Some(world) = Containerd::with_images(&["busybox"]) else {
+        return;
+    };
+    sleeper(&world, "c1");
+    let shims = world.processes_of("containerd-shim-hull-v2");
+    let (monitor, _) = world.task("c1").expect("it runs");
+    for pid in shims.into_iter().filter(|pid| *pid != monitor) {
+        signal(pid, Signal::SIGKILL);
+    }
+    // containerd has `delete` called, and forgets the task.
+    let gone = eventually(PATIENCE, || {
+        matches!(status_of(&world, "c1").as_str(), "none" | "STOPPED")
+    });
+    assert!(gone, "{}", world.log());
+    world.try_ctr(&["tasks", "delete", "c1"]);
+    world.ctr(&["containers", "delete", "c1"]);
+    assert_eq!(world.settle(&["c1"]), Vec::<String>::new());
+    sleeper(&world, "c1");
+    world.remove("c1");
+    assert_eq!(world.settle(&["c1"]), Vec::<String>::new());
+}
+
+#[test]
+fn microvm_that_is_killed_is_a_container_that_was_killed() {
+    let Some(world) = Containerd::with_images(&["busybox"]) else {
+        return;
+    };
+    sleeper(&world, "c1");
+    for pid in world.processes_of("hull-vmm") {
+        signal(pid, Signal::SIGKILL);
+    }
+    is_reported(&world, "c1");
+}
+
+#[test]
+fn monitor_that_is_killed_is_a_container_that_was_killed() {
+    let Some(world) = Containerd::with_images(&["busybox"]) else {
+        return;
+    };
+    sleeper(&world, "c1");
+    let (pid, _) = world.task("c1").expect("it runs");
+    signal(pid, Signal::SIGKILL);
+    is_reported(&world, "c1");
+}
+
+#[test]
+fn everything_killed_at_once_is_cleaned_up_when_containerd_comes_back() {
+    let Some(mut world) = Containerd::with_images(&["busybox"]) else {
+        return;
+    };
+    for id in ["c1", "c2"] {
+        sleeper(&world, id);
+    }
+    world.stop_daemon(Signal::SIGKILL);
+    for (pid, _) in world.processes() {
+        signal(pid, Signal::SIGKILL);
+    }
+    world.restart(Signal::SIGKILL);
+    for id in ["c1", "c2"] {
+        let gone = eventually(PATIENCE, || {
+            matches!(status_of(&world, id).as_str(), "none" | "STOPPED")
+        });
+        assert!(gone, "{}", world.log());
+        world.try_ctr(&["tasks", "delete", id]);
+        world.ctr(&["containers", "delete", id]);
+    }
+    assert_eq!(world.settle(&["c1", "c2"]), Vec::<String>::new());
+}
