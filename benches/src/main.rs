@@ -4,6 +4,7 @@
 
 mod boot;
 mod bundle;
+mod containerd;
 mod density;
 mod guest;
 mod harness;
@@ -45,6 +46,8 @@ enum Verb {
     Exec(run::ExecArgs),
     /// A container's whole life by `hull-oci`, beside runc and crun on the same bundle
     Oci(oci::OciArgs),
+    /// Containers through a real containerd, beside runc's shim on the same daemon
+    Containerd(containerd::ContainerdArgs),
     /// Real programs' own figures, beside runc on the same images
     Workloads(workloads::WorkloadsArgs),
     /// What an idle container costs in memory, for one and for many
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Verb::Run(args) => run::run(args, &cli.out),
         Verb::Exec(args) => run::exec(args, &cli.out),
         Verb::Oci(args) => oci::run(args, &cli.out),
+        Verb::Containerd(args) => containerd::run(args, &cli.out),
         Verb::Workloads(args) => workloads::run(args, &cli.out),
         Verb::Density(args) => density::run(args, &cli.out),
         Verb::Stdio(args) => stdio::run(args, &cli.out),

@@ -1,10 +1,11 @@
 //! Building what is shipped, and putting it where the programs find each other.
 //!
 //! ```text
-//! target/release/hull, hull-vmm       the programs
-//! target/release/hull-oci             the one Podman, Docker and others run
-//! target/release/agent-root.erofs     the microVM's root: the static agent and empty mount points
-//! target/release/vmlinux              link into the guest kernel's cache
+//! target/release/hull, hull-vmm           the programs
+//! target/release/hull-oci                 the one Podman, Docker and others run
+//! target/release/containerd-shim-hull-v2  the one containerd looks for beside them, or on its PATH
+//! target/release/agent-root.erofs         the microVM's root: the static agent and empty mount points
+//! target/release/vmlinux                  link into the guest kernel's cache
 //! ```
 
 use std::fmt;
@@ -26,6 +27,7 @@ const AGENT_TARGET: &str = "x86_64-unknown-linux-gnu";
 pub struct Artifacts {
     pub hull: PathBuf,
     pub oci: PathBuf,
+    pub shim: PathBuf,
     pub vmm: PathBuf,
     pub kernel: PathBuf,
     pub agent_image: PathBuf,
@@ -37,6 +39,7 @@ impl Artifacts {
         command
             .env("HULL_BIN", &self.hull)
             .env("HULL_OCI", &self.oci)
+            .env("HULL_SHIM", &self.shim)
             .env("HULL_VMM", &self.vmm)
             .env("HULL_KERNEL", &self.kernel)
             .env("HULL_AGENT_IMAGE", &self.agent_image)
@@ -47,6 +50,7 @@ impl fmt::Display for Artifacts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "hull          {}", self.hull.display())?;
         writeln!(f, "hull-oci      {}", self.oci.display())?;
+        writeln!(f, "shim          {}", self.shim.display())?;
         writeln!(f, "hull-vmm      {}", self.vmm.display())?;
         writeln!(f, "guest kernel  {}", self.kernel.display())?;
         write!(f, "agent image   {}", self.agent_image.display())
@@ -68,15 +72,13 @@ pub fn guest_kernel() -> Result<PathBuf> {
 /// A compiler fails, or a product can't be written.
 pub fn build_all() -> Result<Artifacts> {
     let kernel = guest_kernel()?;
-    step("hull, hull-oci, hull-vmm");
-    check(cargo().args(["build", "--release"]).args([
-        "--package",
-        "vmm",
-        "--package",
-        "cli",
-        "--package",
-        "oci-runtime",
-    ]))?;
+    step("hull, hull-oci, containerd-shim-hull-v2, hull-vmm");
+    let mut build = cargo();
+    build.args(["build", "--release"]);
+    for package in ["vmm", "cli", "oci-runtime", "shim"] {
+        build.args(["--package", package]);
+    }
+    check(&mut build)?;
     step("hull-agent");
     check(
         cargo()
@@ -99,6 +101,7 @@ pub fn build_all() -> Result<Artifacts> {
     Ok(Artifacts {
         hull: products.join("hull"),
         oci: products.join("hull-oci"),
+        shim: products.join("containerd-shim-hull-v2"),
         vmm: products.join("hull-vmm"),
         kernel,
         agent_image,

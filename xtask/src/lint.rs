@@ -69,6 +69,11 @@ const RULES: &[Rule] = &[
         why: "front-ends use `sandbox`",
     },
     Rule {
+        package: "shim",
+        never: &["vmm", "kvm-ioctls", "agent", "cli", "tokio"],
+        why: "front-ends use `sandbox`, and a resident shim is small",
+    },
+    Rule {
         package: "benches",
         never: &["vmm", "kvm-ioctls", "agent"],
         why: "benchmarks use `sandbox` or whole commands",
