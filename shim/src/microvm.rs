@@ -74,6 +74,7 @@ impl MicroVms {
                 stderr: streams.stderr,
                 console_socket: None,
             },
+            systemd_cgroup: names_a_scope(&spec),
             components: &Components::find()?,
         })?;
         let pid = u32::try_from(state.pid).unwrap_or(0);
@@ -104,6 +105,18 @@ impl MicroVms {
             (u32::try_from(state.pid).unwrap_or(0), exit)
         }))
     }
+}
+
+/// Whether the control groups' path is `SLICE:PREFIX:NAME`. containerd says it by runc's options only, or not at all.
+fn names_a_scope(spec: &Spec) -> bool {
+    let linux = spec.linux().as_ref();
+    let path = linux.and_then(|linux| linux.cgroups_path().as_ref());
+    let parts: Vec<&str> = path
+        .and_then(|path| path.to_str())
+        .unwrap_or_default()
+        .split(':')
+        .collect();
+    parts.len() == 3 && parts[0].ends_with(".slice")
 }
 
 fn exit_of(exit: &BundleExit) -> Exit {
@@ -281,6 +294,19 @@ mod tests {
         assert!(first.starts_with("/run/hull/containerd") && first.ends_with("default"));
         assert_ne!(first, root(run, &arguments("/run/b.sock", "default")));
         assert_ne!(first, root(run, &arguments("/run/a.sock", "k8s.io")));
+    }
+
+    #[test]
+    fn scope_of_systemd_is_told_from_a_path() {
+        for (path, expected) in [
+            ("kubepods-pod1.slice:cri-containerd:c1", true),
+            ("/kubepods/pod1/c1", false),
+            ("/a:b:c", false),
+        ] {
+            let text = format!(r#"{{"ociVersion":"1.1.0","linux":{{"cgroupsPath":"{path}"}}}}"#);
+            let spec: Spec = serde_json::from_str(&text).unwrap();
+            assert_eq!(names_a_scope(&spec), expected, "{path}");
+        }
     }
 
     #[test]
