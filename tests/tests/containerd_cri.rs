@@ -140,3 +140,46 @@ fn pods_of_both_runtimes_live_beside_each_other() {
         Vec::<String>::new()
     );
 }
+
+#[test]
+fn pod_alone_is_a_process_in_its_network_and_survives_a_restart() {
+    let Some(mut cri) = Cri::with_images(&["busybox"]) else {
+        return;
+    };
+    let pod = cri.pod("lonely");
+    let pod_id = cri.run_pod(HULL, &pod);
+    let address = cri.address(&pod_id);
+    assert!(address.starts_with("10.88."), "{address}");
+    let processes = cri.containerd.processes();
+    let pauses = processes
+        .iter()
+        .filter(|(_, line)| line.contains(" pause /"))
+        .count();
+    assert_eq!(pauses, 1, "{processes:?}");
+    cri.containerd.restart(nix::sys::signal::Signal::SIGKILL);
+    assert_eq!(cri.address(&pod_id), address);
+    cri.remove_pod(&pod_id);
+    assert_eq!(cri.containerd.settle(&[&pod_id]), Vec::<String>::new());
+}
+
+#[test]
+fn pod_whose_shim_is_killed_is_not_ready_and_can_be_removed() {
+    let Some(cri) = Cri::with_images(&["busybox"]) else {
+        return;
+    };
+    let pod = cri.pod("orphan");
+    let pod_id = cri.run_pod(HULL, &pod);
+    for (pid, line) in cri.containerd.processes() {
+        if line.contains(" -namespace k8s.io ") {
+            hull_tests::hull::signal(pid, nix::sys::signal::Signal::SIGKILL);
+        }
+    }
+    let not_ready = eventually(PATIENCE, || {
+        let answer: hull_tests::cri::PodStatusResponse =
+            cri.ask("PodSandboxStatus", &Cri::pod_request(&pod_id));
+        answer.status.state != 0
+    });
+    assert!(not_ready, "{}", cri.containerd.log());
+    cri.remove_pod(&pod_id);
+    assert_eq!(cri.containerd.settle(&[&pod_id]), Vec::<String>::new());
+}
