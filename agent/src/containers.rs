@@ -24,17 +24,18 @@ use std::{
 
 use agent_protocol::{
     CreateContainerRequest, CreateExecRequest, Process, ProcessInfo, ProcessRef, Resources, StatsResponse,
-    WaitProcessResponse, WindowSize, wait_process_response::Outcome,
+    UserNamespace, WaitProcessResponse, WindowSize, wait_process_response::Outcome,
 };
-use nix::{errno::Errno, sys::signal::Signal};
+use nix::{errno::Errno, sched::CloneFlags, sys::signal::Signal};
 
 use crate::{
     cgroup::{Cgroup, Staging},
-    device_filter,
+    device_filter, devices,
     error::AgentError,
     files, init,
     log::log,
-    process::{self, Credentials, Place, Plan, Program},
+    mount_api::{ATTRIBUTE_NODEV, ATTRIBUTE_NOEXEC, ATTRIBUTE_NOSUID, detached_mount},
+    process::{self, Credentials, Hooks, NEW_TIME, Place, Plan, Program, Stage},
     process_list,
     rootfs::MountedRootfs,
     shares,
@@ -93,6 +94,10 @@ struct Surroundings {
     traces: bool,
     /// Held by who stops the container for an exec.
     stopping: Mutex<()>,
+    /// Namespaces beside those that every container has.
+    further: CloneFlags,
+    /// The ids of its user namespace.
+    ids: Option<UserNamespace>,
 }
 
 struct Container {
@@ -172,13 +177,17 @@ impl Containers {
             device_filter::attach(&cgroup.open()?, &request.resources.device_rules)
                 .map_err(AgentError::setup("attaching the device filter"))?;
         }
-        let devpts = terminal::make_devpts(&request.mounts)?;
+        let devices = devices::make(&rootfs.mount_devices()?, &request)?;
+        let ids = request.user_namespace.as_ref().cloned();
+        let devpts = terminal::make_devpts(&request.mounts, ids.as_ref())?;
         let surroundings = Arc::new(Surroundings {
             root: rootfs.open_root()?,
             cgroup: cgroup.open()?,
             devpts,
             traces: request.process.capabilities.bounding & CAP_SYS_PTRACE != 0,
             stopping: Mutex::new(()),
+            further: further_namespaces(&request),
+            ids,
         });
         let process = request.process.take().unwrap_or_default();
         let destinations: Vec<String> = request
@@ -186,10 +195,16 @@ impl Containers {
             .iter()
             .map(|mount| mount.destination.clone())
             .collect();
-        let place = Place::New {
+        let stage = Stage {
             root: rootfs.root.clone(),
             files: rootfs.files.clone(),
+            devices,
             devpts: duplicate(&surroundings.devpts)?,
+            sysfs: make_sysfs(&request)?,
+        };
+        let place = Place::New {
+            stage: Box::new(stage),
+            hooks: Hooks::new(&request).map_err(AgentError::setup("preparing the startContainer hooks"))?,
             request: Box::new(request),
         };
         let entry = prepare(place, &process, &surroundings)?;
@@ -241,7 +256,11 @@ impl Containers {
                 sys::pidfd_open(pid).map_err(AgentError::setup("opening the container's first process"))?;
             (Arc::clone(&container.surroundings), pidfd)
         };
-        let entry = prepare(Place::Join { pidfd }, &request.process, &surroundings)?;
+        let place = Place::Join {
+            pidfd,
+            further: surroundings.further,
+        };
+        let entry = prepare(place, &request.process, &surroundings)?;
         let mut table = self.lock();
         let container = table.container(&request.container_id)?;
         if container.processes.contains_key(&request.exec_id) {
@@ -595,6 +614,27 @@ impl Container {
     }
 }
 
+fn further_namespaces(request: &CreateContainerRequest) -> CloneFlags {
+    let mut further = CloneFlags::empty();
+    further.set(CloneFlags::CLONE_NEWUSER, request.user_namespace.is_some());
+    further.set(NEW_TIME, request.time_namespace.is_some());
+    further
+}
+
+/// For a container whose user namespace doesn't own its network, which the kernel lets mount no sysfs.
+fn make_sysfs(request: &CreateContainerRequest) -> Result<Option<OwnedFd>, AgentError> {
+    if request.user_namespace.is_none() || !request.mounts.iter().any(|mount| mount.type_ == "sysfs") {
+        return Ok(None);
+    }
+    detached_mount(
+        c"sysfs",
+        &[],
+        ATTRIBUTE_NOSUID | ATTRIBUTE_NODEV | ATTRIBUTE_NOEXEC,
+    )
+    .map(Some)
+    .map_err(AgentError::setup("making the container's sysfs"))
+}
+
 fn duplicate(fd: &OwnedFd) -> Result<OwnedFd, AgentError> {
     fd.try_clone().map_err(|error| {
         AgentError::setup("duplicating a descriptor")(
@@ -607,7 +647,11 @@ fn duplicate(fd: &OwnedFd) -> Result<OwnedFd, AgentError> {
 fn prepare(place: Place, process: &Process, surroundings: &Surroundings) -> Result<Entry, AgentError> {
     let identity = user::resolve(&surroundings.root, process)?;
     let terminal = if process.terminal {
-        Some(terminal::open(&surroundings.devpts, process, &identity)?)
+        let owner = match &surroundings.ids {
+            Some(ids) => process::outside(&ids.uid_mappings, identity.uid).unwrap_or(0),
+            None => identity.uid,
+        };
+        Some(terminal::open(&surroundings.devpts, process, owner)?)
     } else {
         None
     };

@@ -83,6 +83,12 @@ pub enum AgentError {
         /// What the kernel said.
         errno: Errno,
     },
+    /// A `startContainer` hook failed.
+    #[error("{outcome}")]
+    Hook {
+        /// Which, and how.
+        outcome: String,
+    },
     /// The working directory can't be entered.
     #[error("working directory {path:?}: {errno}")]
     WorkingDirectory {
@@ -162,6 +168,7 @@ impl AgentError {
             } => (StatusCode::NotFound, ErrorKind::NOT_FOUND),
             Self::File { .. } => (StatusCode::FailedPrecondition, ErrorKind::FILE),
             Self::Setup { .. } => (StatusCode::Internal, ErrorKind::SETUP),
+            Self::Hook { .. } => (StatusCode::FailedPrecondition, ErrorKind::HOOK),
             Self::StreamsMissing => (StatusCode::FailedPrecondition, ErrorKind::INTERNAL),
         }
     }

@@ -118,7 +118,13 @@ impl MountedRootfs {
             // The first disk is the microVM's own root.
             let device = device(serial, index + 1)?;
             let target = format!("{LAYERS_DIR}/{index}");
-            self.mount_at(&device, Path::new(&target), "erofs", MsFlags::MS_RDONLY, "")?;
+            match self.mount_at(&device, Path::new(&target), "erofs", MsFlags::MS_RDONLY, "") {
+                // Another container of this microVM has it, too.
+                Err(AgentError::Rootfs {
+                    errno: Errno::EBUSY, ..
+                }) => {}
+                mounted => mounted?,
+            }
             lower.push(target);
         }
         if lower.is_empty() {
@@ -176,6 +182,14 @@ impl MountedRootfs {
         let flags = flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
         mount(None::<&str>, &root, None::<&str>, flags, None::<&str>)
             .map_err(AgentError::rootfs("setting the flags of the root"))
+    }
+
+    /// A filesystem for its devices, outside of the root.
+    pub fn mount_devices(&mut self) -> Result<PathBuf, AgentError> {
+        let place = self.dir.join("dev");
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+        self.mount_at("devices", &place, "tmpfs", flags, "mode=0755")?;
+        Ok(place)
     }
 
     /// Whether its files outlive the microVM.

@@ -21,7 +21,11 @@ use nix::{
     },
 };
 
-use crate::{copy_up, error::AgentError, sys};
+use crate::{
+    copy_up,
+    error::AgentError,
+    mount_api::{move_mount_to, open_tree_clone},
+};
 
 const SHARES_DIR: &str = "/run/shares";
 
@@ -64,7 +68,7 @@ pub fn copy_up(root: &fs::File, mounts: &[Mount]) -> Result<(), AgentError> {
 
 /// A copy of the mount that begins at the share. Called while [`path`] leads there.
 pub fn open(share: u32) -> Result<OwnedFd, Errno> {
-    sys::open_tree_clone(&Path::new(SHARES_DIR).join(share.to_string()))
+    open_tree_clone(&Path::new(SHARES_DIR).join(share.to_string()), false)
 }
 
 /// Attaches a share in the container's root, which is this process's. An image, or another share, may have links where it
@@ -78,7 +82,7 @@ pub fn attach(share: &OwnedFd, destination: &Path) -> Result<(), Errno> {
     ) {
         return Err(Errno::EPERM);
     }
-    sys::move_mount_to(share.as_fd(), target.as_fd())
+    move_mount_to(share.as_fd(), target.as_fd())
 }
 
 fn is_directory(file: BorrowedFd<'_>) -> Result<bool, Errno> {

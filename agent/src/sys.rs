@@ -4,15 +4,10 @@
 use std::{
     ffi::{CStr, CString},
     os::fd::{AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
-    path::Path,
+    sync::atomic::AtomicI32,
 };
 
 use nix::{errno::Errno, sched::CloneFlags};
-
-fn path_string(path: &Path) -> Result<CString, Errno> {
-    use std::os::unix::ffi::OsStrExt as _;
-    CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)
-}
 
 /// What `clone3` reads: `struct clone_args` up to the control group.
 #[repr(C, align(8))]
@@ -44,11 +39,36 @@ pub fn set_batch(batch: bool) -> Result<(), Errno> {
     Errno::result(unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) }).map(drop)
 }
 
-/// Runs `body` in a new process that borrows this one's memory and stack, born in the control group `cgroup`;
-/// returns its id, once it has executed a program or ended.
+/// How a process is born.
+#[derive(Debug, Clone, Copy)]
+pub struct Birth<'a> {
+    /// The namespaces it gets for itself.
+    pub namespaces: CloneFlags,
+    /// Its control group; that of its maker where there is none.
+    pub cgroup: Option<BorrowedFd<'a>>,
+    /// Where its id is written before it runs.
+    pub pid: Option<&'a AtomicI32>,
+    /// It gets a copy of the memory: what the kernel demands of a process that joins a time namespace.
+    pub own_memory: bool,
+}
+
+impl Birth<'_> {
+    /// In the namespaces and the control group of its maker.
+    pub fn plain() -> Self {
+        Self {
+            namespaces: CloneFlags::empty(),
+            cgroup: None,
+            pid: None,
+            own_memory: false,
+        }
+    }
+}
+
+/// Runs `body` in a new process that borrows this one's memory and stack; returns its id, once it has executed a program
+/// or ended.
 ///
-/// Nothing is copied, which is what makes this quick where page tables are shadowed. `namespaces` are those the
-/// process gets for itself.
+/// Nothing is copied, unless the process is to have its own memory; that is what makes this quick where page tables are
+/// shadowed.
 ///
 /// # Safety
 ///
@@ -56,20 +76,28 @@ pub fn set_batch(batch: bool) -> Result<(), Errno> {
 /// panic, must not touch a lock that another thread may hold, and what it allocates or drops is allocated or
 /// dropped here.
 pub unsafe fn clone_vfork(
-    namespaces: CloneFlags,
-    cgroup: BorrowedFd<'_>,
+    birth: &Birth<'_>,
     body: unsafe extern "C" fn(*mut libc::c_void) -> !,
     argument: *mut libc::c_void,
 ) -> Result<i32, Errno> {
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
-    let namespaces = u64::from(namespaces.bits().cast_unsigned());
-    let sharing = libc::CLONE_VM | libc::CLONE_VFORK;
-    let arguments = CloneArguments {
-        flags: namespaces | u64::from(sharing.cast_unsigned()) | CLONE_INTO_CGROUP,
+    let mut sharing = libc::CLONE_VFORK;
+    if !birth.own_memory {
+        sharing |= libc::CLONE_VM;
+    }
+    let mut arguments = CloneArguments {
+        flags: u64::from(birth.namespaces.bits().cast_unsigned()) | u64::from(sharing.cast_unsigned()),
         exit_signal: u64::from(libc::SIGCHLD.unsigned_abs()),
-        cgroup: u64::from(cgroup.as_raw_fd().unsigned_abs()),
         ..CloneArguments::default()
     };
+    if let Some(cgroup) = birth.cgroup {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = u64::from(cgroup.as_raw_fd().unsigned_abs());
+    }
+    if let Some(pid) = birth.pid {
+        arguments.flags |= u64::from(libc::CLONE_PARENT_SETTID.cast_unsigned());
+        arguments.parent_tid = pid.as_ptr().expose_provenance() as u64;
+    }
     let result: i64;
     // SAFETY: the child runs on this stack below the current frame, which it never returns to, while the kernel
     // keeps this thread from running; when it goes on, its registers are as they were. The rest is the caller's.
@@ -157,91 +185,9 @@ fn close_range(first: RawFd, flags: u32) -> Result<(), Errno> {
     Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, flags) }).map(drop)
 }
 
-/// A detached copy of the mount at `path`, to be attached by [`move_mount`] in another root.
-pub fn open_tree_clone(path: &Path) -> Result<OwnedFd, Errno> {
-    let path = path_string(path)?;
-    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
-    // SAFETY: `path` is a NUL-terminated string that outlives the call; a new descriptor or an error comes out.
-    unsafe {
-        owned(libc::syscall(
-            libc::SYS_open_tree,
-            libc::AT_FDCWD,
-            path.as_ptr(),
-            flags,
-        ))
-    }
-}
-
-/// Mount attributes of [`detached_mount`].
-pub const MOUNT_NOSUID_NOEXEC: u64 = 0x2 | 0x8;
-
 /// Whether a path is a directory, links followed. Allocates nothing.
 pub fn is_directory(path: &CStr) -> bool {
     nix::sys::stat::stat(path).is_ok_and(|found| found.st_mode & libc::S_IFMT == libc::S_IFDIR)
-}
-
-/// Attaches a detached mount at `path`.
-pub fn move_mount(tree: BorrowedFd<'_>, path: &Path) -> Result<(), Errno> {
-    const MOVE_MOUNT_F_EMPTY_PATH: u32 = 4;
-    let path = path_string(path)?;
-    // SAFETY: both strings are NUL-terminated and outlive the call.
-    Errno::result(unsafe {
-        libc::syscall(
-            libc::SYS_move_mount,
-            tree.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_FDCWD,
-            path.as_ptr(),
-            MOVE_MOUNT_F_EMPTY_PATH,
-        )
-    })
-    .map(drop)
-}
-
-/// Attaches a detached mount at what `target` refers to.
-pub fn move_mount_to(tree: BorrowedFd<'_>, target: BorrowedFd<'_>) -> Result<(), Errno> {
-    const MOVE_MOUNT_F_EMPTY_PATH: u32 = 0x4;
-    const MOVE_MOUNT_T_EMPTY_PATH: u32 = 0x40;
-    // SAFETY: both strings are empty and NUL-terminated.
-    Errno::result(unsafe {
-        libc::syscall(
-            libc::SYS_move_mount,
-            tree.as_raw_fd(),
-            c"".as_ptr(),
-            target.as_raw_fd(),
-            c"".as_ptr(),
-            MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
-        )
-    })
-    .map(drop)
-}
-
-/// Sets and clears attributes (`MOUNT_ATTR_…`) of a mount and what is below it, and how mounts spread from there
-/// (`MS_PRIVATE` and its like; zero leaves that).
-pub fn set_mount_attributes(
-    mount: BorrowedFd<'_>,
-    set: u64,
-    clear: u64,
-    propagation: u64,
-) -> Result<(), Errno> {
-    let attributes = libc::mount_attr {
-        attr_set: set,
-        attr_clr: clear,
-        propagation,
-        userns_fd: 0,
-    };
-    // SAFETY: the path is empty and NUL-terminated, the structure is whole and its size given.
-    Errno::result(unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
-            &raw const attributes,
-            size_of_val(&attributes),
-        )
-    })
-    .map(drop)
 }
 
 /// Sets the calling thread's capability sets.
@@ -323,45 +269,6 @@ pub fn set_seccomp(instructions: &[libc::sock_filter], flags: u32) -> Result<(),
         )
     })
     .map(drop)
-}
-
-/// A new filesystem, mounted nowhere yet; its options are `key=value`, or flags.
-pub fn detached_mount(
-    kind: &CStr,
-    options: &[(&CStr, Option<&CStr>)],
-    attributes: u64,
-) -> Result<OwnedFd, Errno> {
-    const FSCONFIG_SET_FLAG: u32 = 0;
-    const FSCONFIG_SET_STRING: u32 = 1;
-    const FSCONFIG_CMD_CREATE: u32 = 6;
-    const CLOEXEC: u32 = 1;
-    // SAFETY: all strings are NUL-terminated and live across the calls; a new descriptor or an error comes out.
-    unsafe {
-        let context = owned(libc::syscall(libc::SYS_fsopen, kind.as_ptr(), CLOEXEC))?;
-        let configure = |command: u32, key: *const libc::c_char, value: *const libc::c_char| {
-            Errno::result(libc::syscall(
-                libc::SYS_fsconfig,
-                context.as_raw_fd(),
-                command,
-                key,
-                value,
-                0,
-            ))
-        };
-        for (key, value) in options {
-            match value {
-                Some(value) => configure(FSCONFIG_SET_STRING, key.as_ptr(), value.as_ptr())?,
-                None => configure(FSCONFIG_SET_FLAG, key.as_ptr(), std::ptr::null())?,
-            };
-        }
-        configure(FSCONFIG_CMD_CREATE, std::ptr::null(), std::ptr::null())?;
-        owned(libc::syscall(
-            libc::SYS_fsmount,
-            context.as_raw_fd(),
-            CLOEXEC,
-            attributes,
-        ))
-    }
 }
 
 /// Takes over what a system call has returned.
@@ -499,10 +406,10 @@ pub fn execve(path: &CStr, args: &StringArray, env: &StringArray) -> Errno {
     Errno::last()
 }
 
-/// Lets the calling process run on these CPUs only, bit n of byte m being CPU 8m + n.
-pub fn set_affinity(mask: &[u8]) -> Result<(), Errno> {
+/// Lets a process (zero: the calling one) run on these CPUs only, bit n of byte m being CPU 8m + n.
+pub fn set_affinity(pid: i32, mask: &[u8]) -> Result<(), Errno> {
     // SAFETY: the mask lives across the call with its length.
-    Errno::result(unsafe { libc::syscall(libc::SYS_sched_setaffinity, 0, mask.len(), mask.as_ptr()) })
+    Errno::result(unsafe { libc::syscall(libc::SYS_sched_setaffinity, pid, mask.len(), mask.as_ptr()) })
         .map(drop)
 }
 
@@ -519,8 +426,8 @@ struct SchedulerAttributes {
     period_ns: u64,
 }
 
-/// Sets the calling process's scheduler.
-pub fn set_scheduler(scheduler: &agent_protocol::Scheduler) -> Result<(), Errno> {
+/// Sets a process's scheduler.
+pub fn set_scheduler(pid: i32, scheduler: &agent_protocol::Scheduler) -> Result<(), Errno> {
     let attributes = SchedulerAttributes {
         size: u32::try_from(size_of::<SchedulerAttributes>()).unwrap_or(0),
         policy: scheduler.policy,
@@ -532,16 +439,16 @@ pub fn set_scheduler(scheduler: &agent_protocol::Scheduler) -> Result<(), Errno>
         period_ns: scheduler.period_ns,
     };
     // SAFETY: the attributes say their size and live across the call.
-    Errno::result(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) }).map(drop)
+    Errno::result(unsafe { libc::syscall(libc::SYS_sched_setattr, pid, &raw const attributes, 0) }).map(drop)
 }
 
-/// Sets the calling process's priority for disks.
-pub fn set_io_priority(class: u32, level: u32) -> Result<(), Errno> {
+/// Sets a process's priority for disks.
+pub fn set_io_priority(pid: i32, class: u32, level: u32) -> Result<(), Errno> {
     const WHO_PROCESS: u32 = 1;
     const CLASS_SHIFT: u32 = 13;
     let priority = class << CLASS_SHIFT | level;
     // SAFETY: plain integers.
-    Errno::result(unsafe { libc::syscall(libc::SYS_ioprio_set, WHO_PROCESS, 0, priority) }).map(drop)
+    Errno::result(unsafe { libc::syscall(libc::SYS_ioprio_set, WHO_PROCESS, pid, priority) }).map(drop)
 }
 
 /// Sets the calling process's execution domain.
@@ -550,10 +457,16 @@ pub fn set_personality(domain: u32) -> Result<(), Errno> {
     Errno::result(unsafe { libc::personality(libc::c_ulong::from(domain)) }).map(drop)
 }
 
-/// Sets a resource limit of the calling process.
-pub fn set_rlimit(resource: u32, limit: &libc::rlimit) -> Result<(), Errno> {
+/// Sets a resource limit of a process (zero: the calling one).
+pub fn set_rlimit(pid: i32, resource: u32, limit: &libc::rlimit) -> Result<(), Errno> {
     // SAFETY: the limit lives across the call; an unknown resource is an error.
-    Errno::result(unsafe { libc::setrlimit(resource, limit) }).map(drop)
+    Errno::result(unsafe { libc::prlimit(pid, resource, limit, std::ptr::null_mut()) }).map(drop)
+}
+
+/// Sets the domain's name of the calling process's UTS namespace.
+pub fn set_domain_name(name: &str) -> Result<(), Errno> {
+    // SAFETY: the bytes live across the call with their length.
+    Errno::result(unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) }).map(drop)
 }
 
 /// Sets the calling task's identity, of this task alone: libc's functions of these names change all threads of the

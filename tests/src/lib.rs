@@ -11,6 +11,7 @@ pub mod initramfs;
 pub mod kernel_guest;
 pub mod kernel_vm;
 pub mod oci;
+pub mod oci_guest;
 pub mod outer_vm;
 pub mod pty;
 pub mod registry;

@@ -9,10 +9,9 @@
 use std::{
     convert::Infallible,
     os::fd::{AsFd as _, OwnedFd},
-    path::PathBuf,
 };
 
-use agent_protocol::CreateContainerRequest;
+use agent_protocol::{ClockOffset, CreateContainerRequest, TimeNamespace};
 use nix::{
     errno::Errno,
     sched::{CloneFlags, setns, unshare},
@@ -21,23 +20,23 @@ use nix::{
 };
 
 use super::{
-    Credentials, Program,
+    Credentials, Hooks, Program, Stage,
     failure::{Failure, failed},
     mounts,
+    report::Report,
+    user_namespace::Handshake,
 };
-use crate::sys;
+use crate::sys::{self, Birth};
 
 /// Where the process lives.
 #[derive(Debug)]
 pub enum Place {
     /// In namespaces of its own, as the first process of a container.
     New {
-        /// The mounted root.
-        root: PathBuf,
-        /// Files to mount over it.
-        files: Vec<(PathBuf, PathBuf)>,
-        /// Its terminals, not mounted yet.
-        devpts: OwnedFd,
+        /// What is ready to be mounted.
+        stage: Box<Stage>,
+        /// Programs to run before its own.
+        hooks: Hooks,
         /// Everything else.
         request: Box<CreateContainerRequest>,
     },
@@ -45,6 +44,8 @@ pub enum Place {
     Join {
         /// The container's first process.
         pidfd: OwnedFd,
+        /// Namespaces of the container beside those that all have.
+        further: CloneFlags,
     },
 }
 
@@ -65,6 +66,9 @@ pub struct Plan {
     pub terminal: Option<u32>,
 }
 
+/// `CLONE_NEWTIME`, which nix lacks.
+pub const NEW_TIME: CloneFlags = CloneFlags::from_bits_retain(libc::CLONE_NEWTIME);
+
 /// The namespaces of a container that are made with its first process. Its control group's namespace begins where the
 /// process is when it asks for one, so it asks later.
 pub(super) fn own_namespaces() -> CloneFlags {
@@ -75,12 +79,31 @@ pub(super) fn own_namespaces() -> CloneFlags {
 #[derive(Debug)]
 pub(super) struct Attempt<'a> {
     plan: &'a Plan,
+    /// For a process that is born in a user namespace.
+    handshake: Option<&'a Handshake>,
+    /// For one with memory of its own.
+    report: Option<&'a Report>,
     failure: Option<Failure>,
 }
 
 impl<'a> Attempt<'a> {
     pub(super) fn new(plan: &'a Plan) -> Self {
-        Self { plan, failure: None }
+        Self {
+            plan,
+            handshake: None,
+            report: None,
+            failure: None,
+        }
+    }
+
+    pub(super) fn with_handshake(mut self, handshake: Option<&'a Handshake>) -> Self {
+        self.handshake = handshake;
+        self
+    }
+
+    pub(super) fn with_report(mut self, report: Option<&'a Report>) -> Self {
+        self.report = report;
+        self
     }
 
     #[expect(
@@ -88,8 +111,14 @@ impl<'a> Attempt<'a> {
         reason = "makes a process that shares memory until it executes its program"
     )]
     pub(super) fn clone_child(&mut self, namespaces: CloneFlags) -> Result<i32, Errno> {
+        let birth = Birth {
+            namespaces,
+            cgroup: Some(self.plan.cgroup.as_fd()),
+            pid: self.handshake.map(|handshake| &handshake.pid),
+            own_memory: self.report.is_some(),
+        };
         // SAFETY: `run` keeps to the rules in this module's comment, and `self` outlives the call.
-        unsafe { sys::clone_vfork(namespaces, self.plan.cgroup.as_fd(), run, (&raw mut *self).cast()) }
+        unsafe { sys::clone_vfork(&birth, run, (&raw mut *self).cast()) }
     }
 
     /// What the child left here.
@@ -103,45 +132,78 @@ impl<'a> Attempt<'a> {
 unsafe extern "C" fn run(argument: *mut libc::c_void) -> ! {
     // SAFETY: `clone_child` passes an `Attempt` that the suspended parent doesn't touch meanwhile.
     let attempt = unsafe { &mut *argument.cast::<Attempt<'_>>() };
-    let Err(failure) = become_program(attempt.plan);
+    let Err(failure) = become_program(attempt.plan, attempt.handshake);
+    if let Some(report) = attempt.report {
+        report.send(&failure);
+    }
     attempt.failure = Some(failure);
     sys::exit_now(127)
 }
 
-fn become_program(plan: &Plan) -> Result<Infallible, Failure> {
+fn become_program(plan: &Plan, handshake: Option<&Handshake>) -> Result<Infallible, Failure> {
     match &plan.place {
-        Place::New { .. } => unshare(CloneFlags::CLONE_NEWCGROUP).map_err(failed("creating namespaces"))?,
-        Place::Join { pidfd } => setns(
-            pidfd,
-            own_namespaces().difference(CloneFlags::CLONE_NEWPID) | CloneFlags::CLONE_NEWCGROUP,
-        )
-        .map_err(failed("joining the container"))?,
+        Place::New { request, .. } => {
+            if let Some(handshake) = handshake {
+                handshake.become_root()?;
+            }
+            unshare(CloneFlags::CLONE_NEWCGROUP).map_err(failed("creating namespaces"))?;
+            if let Some(time) = request.time_namespace.as_ref() {
+                enter_time(time)?;
+            }
+        }
+        Place::Join { pidfd, further } => {
+            // There it would lack the rights.
+            if further.contains(CloneFlags::CLONE_NEWUSER) {
+                plan.credentials.apply_limits()?;
+            }
+            let namespaces =
+                own_namespaces().difference(CloneFlags::CLONE_NEWPID) | CloneFlags::CLONE_NEWCGROUP;
+            setns(pidfd, namespaces | *further).map_err(failed("joining the container"))?;
+            if further.contains(CloneFlags::CLONE_NEWUSER) {
+                sys::set_identity(0, 0, &[]).map_err(failed("becoming root in the user namespace"))?;
+            }
+        }
     }
     setsid().map_err(failed("setsid"))?;
-    if let Place::New {
-        root,
-        files,
-        devpts,
-        request,
-    } = &plan.place
-    {
+    if let Place::New { stage, request, .. } = &plan.place {
         sethostname(&request.hostname).map_err(failed("setting the hostname"))?;
-        mounts::enter(root, files, devpts, request)?;
+        if !request.domainname.is_empty() {
+            sys::set_domain_name(&request.domainname).map_err(failed("setting the domain's name"))?;
+        }
+        mounts::enter(stage, request)?;
         if let Some(number) = plan.terminal {
             mounts::bind_console(number)?;
         }
         plan.credentials.make_directory();
-        if request.rootfs.read_only {
-            mounts::seal_root()?;
-        }
+        mounts::seal(request)?;
     }
     if plan.terminal.is_some() {
         sys::set_controlling_terminal(plan.stdio[0].as_fd()).map_err(failed("taking the terminal"))?;
     }
     place_descriptors(plan).map_err(failed("arranging descriptors"))?;
     reset_signals().map_err(failed("resetting signals"))?;
+    match (handshake, &plan.place) {
+        (Some(handshake), _) => handshake.be_limited()?,
+        (None, Place::Join { further, .. }) if further.contains(CloneFlags::CLONE_NEWUSER) => {}
+        _ => plan.credentials.apply_limits()?,
+    }
     plan.credentials.apply()?;
+    if let Place::New { hooks, .. } = &plan.place {
+        hooks.run()?;
+    }
     Err(plan.program.execute())
+}
+
+/// Makes a time namespace, which the process is in from the moment it executes its program.
+fn enter_time(namespace: &TimeNamespace) -> Result<(), Failure> {
+    unshare(NEW_TIME).map_err(failed("creating a time namespace"))?;
+    let line =
+        |clock: &str, offset: &ClockOffset| format!("{clock} {} {}\n", offset.seconds, offset.nanoseconds);
+    let offsets = line("monotonic", &namespace.monotonic) + &line("boottime", &namespace.boottime);
+    std::fs::write("/proc/self/timens_offsets", offsets).map_err(|error| {
+        let errno = error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+        failed("setting the time namespace's offsets")(errno)
+    })
 }
 
 /// The Rust runtime ignores SIGPIPE; programs expect the default.

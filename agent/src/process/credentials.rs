@@ -88,15 +88,34 @@ impl Credentials {
         }
     }
 
-    /// Applies everything up to, and without, `execve`.
-    pub(super) fn apply(&self) -> Result<(), Failure> {
-        self.scheduling.apply()?;
+    /// Sets what needs rights in the microVM's user namespace: limits and priorities.
+    pub(super) fn apply_limits(&self) -> Result<(), Failure> {
+        self.scheduling.apply(0)?;
         for (resource, limit) in &self.rlimits {
-            sys::set_rlimit(*resource, limit).map_err(failed("setting a resource limit"))?;
+            sys::set_rlimit(0, *resource, limit).map_err(failed("setting a resource limit"))?;
         }
         if let Some(value) = &self.oom_score_adj {
-            set_oom_score(value).map_err(failed("setting oom_score_adj"))?;
+            set_oom_score(c"/proc/self/oom_score_adj", value).map_err(failed("setting oom_score_adj"))?;
         }
+        Ok(())
+    }
+
+    /// The same for another process, which can't.
+    pub(super) fn limit(&self, pid: i32) -> Result<(), Errno> {
+        self.scheduling.apply(pid).map_err(|failure| failure.errno)?;
+        for (resource, limit) in &self.rlimits {
+            sys::set_rlimit(pid, *resource, limit)?;
+        }
+        let Some(value) = &self.oom_score_adj else {
+            return Ok(());
+        };
+        let path = CString::new(format!("/proc/{pid}/oom_score_adj")).map_err(|_| Errno::EINVAL)?;
+        set_oom_score(&path, value)
+    }
+
+    /// Applies everything else up to, and without, `execve`.
+    pub(super) fn apply(&self) -> Result<(), Failure> {
+        self.scheduling.enter_domain()?;
         if !self.no_new_privileges {
             // Needs CAP_SYS_ADMIN, which is about to go.
             self.install_seccomp()?;
@@ -152,9 +171,8 @@ impl Credentials {
     }
 }
 
-fn set_oom_score(value: &[u8]) -> Result<(), Errno> {
-    const PATH: &CStr = c"/proc/self/oom_score_adj";
-    let file = open(PATH, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+fn set_oom_score(path: &CStr, value: &[u8]) -> Result<(), Errno> {
+    let file = open(path, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
     write(&file, value).map(drop)
 }
 

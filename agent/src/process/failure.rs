@@ -15,6 +15,8 @@ pub enum FailureKind {
     WorkingDirectory,
     /// `execve` itself.
     Exec,
+    /// A hook before the program.
+    Hook,
 }
 
 /// A failed setup.
@@ -38,6 +40,15 @@ pub fn failed(step: impl Into<Cow<'static, str>>) -> impl FnOnce(Errno) -> Failu
 }
 
 impl Failure {
+    /// A hook that failed; the outcome says all.
+    pub(super) fn of_hook(outcome: String) -> Self {
+        Self {
+            kind: FailureKind::Hook,
+            subject: outcome.into(),
+            errno: Errno::ECANCELED,
+        }
+    }
+
     /// For the host, which is told what it asked for.
     pub fn explain(self, command: &str, cwd: &str) -> AgentError {
         let Self { kind, subject, errno } = self;
@@ -45,6 +56,9 @@ impl Failure {
             FailureKind::Setup => AgentError::Setup {
                 step: subject.into_owned(),
                 errno,
+            },
+            FailureKind::Hook => AgentError::Hook {
+                outcome: subject.into_owned(),
             },
             FailureKind::WorkingDirectory => AgentError::WorkingDirectory {
                 path: cwd.to_owned(),

@@ -6,35 +6,60 @@
 //! namespace of its children.
 
 mod child;
+mod copy_up;
 mod credentials;
 mod failure;
+mod hooks;
 pub mod lookup;
+mod mount_options;
 mod mounts;
 mod program;
+mod report;
 mod scheduling;
+mod user_namespace;
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::{
+    os::fd::{AsFd as _, OwnedFd},
+    thread,
+};
 
+use agent_protocol::UserNamespace;
 use nix::{
     errno::Errno,
     sched::{CloneFlags, setns},
 };
 
-pub use child::{Place, Plan};
+pub use child::{NEW_TIME, Place, Plan};
 pub use credentials::Credentials;
+pub use hooks::Hooks;
+pub use mounts::Stage;
 pub use program::Program;
+pub use user_namespace::outside;
 
 use crate::{error::AgentError, log::log};
 use child::Attempt;
+use report::Report;
+use user_namespace::Handshake;
 
 /// Starts the planned process; returns its id once it runs its program.
 ///
 /// The process may be reaped before this returns.
 pub fn launch(plan: &Plan) -> Result<i32, AgentError> {
-    let mut attempt = Attempt::new(plan);
-    let cloned = match &plan.place {
-        Place::New { .. } => attempt.clone_child(child::own_namespaces()),
-        Place::Join { pidfd } => {
+    let mut report = None;
+    let (attempt, cloned) = match &plan.place {
+        Place::New { request, .. } => match request.user_namespace.as_ref() {
+            Some(namespace) => launch_mapped(plan, namespace)?,
+            None => {
+                let mut attempt = Attempt::new(plan);
+                let cloned = attempt.clone_child(child::own_namespaces());
+                (attempt.failure(), cloned)
+            }
+        },
+        Place::Join { pidfd, further } => {
+            if further.contains(NEW_TIME) {
+                report = Some(Report::new().map_err(AgentError::setup("creating a pipe"))?);
+            }
+            let mut attempt = Attempt::new(plan).with_report(report.as_ref());
             let own = own_pid_namespace().map_err(AgentError::setup("opening the agent's PID namespace"))?;
             setns(pidfd, CloneFlags::CLONE_NEWPID).map_err(AgentError::setup("joining the container"))?;
             let cloned = attempt.clone_child(CloneFlags::empty());
@@ -43,13 +68,36 @@ pub fn launch(plan: &Plan) -> Result<i32, AgentError> {
                 log!("leaving the container's PID namespace: {errno}");
                 std::process::abort();
             }
-            cloned
+            (attempt.failure(), cloned)
         }
     };
-    match (attempt.failure(), cloned) {
+    let failure = attempt.or_else(|| report.and_then(|report| report.receive()));
+    match (failure, cloned) {
         (Some(failure), _) => Err(failure.explain(plan.program.command(), plan.credentials.cwd())),
         (None, cloned) => cloned.map_err(AgentError::setup("clone")),
     }
+}
+
+/// What became of an attempt: what the process said, and its id.
+type Outcome = (Option<failure::Failure>, Result<i32, Errno>);
+
+/// Starts a process in a user namespace of its own, while another thread does what it can't.
+fn launch_mapped(plan: &Plan, namespace: &UserNamespace) -> Result<Outcome, AgentError> {
+    let handshake = Handshake::new().map_err(AgentError::setup("creating a pipe"))?;
+    let credentials = &plan.credentials;
+    Ok(thread::scope(|scope| {
+        let mapper = thread::Builder::new()
+            .name("user namespace".into())
+            .stack_size(128 * 1024)
+            .spawn_scoped(scope, || handshake.serve(namespace, credentials));
+        let mut attempt = Attempt::new(plan).with_handshake(Some(&handshake));
+        let cloned = match mapper {
+            Ok(_) => attempt.clone_child(child::own_namespaces() | CloneFlags::CLONE_NEWUSER),
+            Err(error) => Err(error.raw_os_error().map_or(Errno::EAGAIN, Errno::from_raw)),
+        };
+        handshake.end();
+        (attempt.failure(), cloned)
+    }))
 }
 
 fn own_pid_namespace() -> Result<OwnedFd, Errno> {

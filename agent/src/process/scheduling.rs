@@ -29,25 +29,31 @@ impl Scheduling {
         }
     }
 
-    /// What needs privileges that are about to go.
-    pub(super) fn apply(&self) -> Result<(), Failure> {
+    /// What needs rights; of the calling process, or another.
+    pub(super) fn apply(&self, pid: i32) -> Result<(), Failure> {
         if !self.cpus_initial.is_empty() {
-            sys::set_affinity(&self.cpus_initial)
+            sys::set_affinity(pid, &self.cpus_initial)
                 .map_err(failed("choosing CPUs (execCPUAffinity.initial)"))?;
         }
         if let Some(scheduler) = &self.scheduler {
-            sys::set_scheduler(scheduler).map_err(failed("setting the scheduler"))?;
+            sys::set_scheduler(pid, scheduler).map_err(failed("setting the scheduler"))?;
         }
         if let Some(priority) = &self.io_priority {
-            sys::set_io_priority(priority.class, priority.level)
+            sys::set_io_priority(pid, priority.class, priority.level)
                 .map_err(failed("setting the I/O priority"))?;
         }
-        if let Some(domain) = self.personality {
-            sys::set_personality(domain).map_err(failed("setting the personality"))?;
-        }
         if !self.cpus_final.is_empty() {
-            sys::set_affinity(&self.cpus_final).map_err(failed("choosing CPUs (execCPUAffinity.final)"))?;
+            sys::set_affinity(pid, &self.cpus_final)
+                .map_err(failed("choosing CPUs (execCPUAffinity.final)"))?;
         }
         Ok(())
+    }
+
+    /// Which kernel the calling process sees.
+    pub(super) fn enter_domain(&self) -> Result<(), Failure> {
+        match self.personality {
+            Some(domain) => sys::set_personality(domain).map_err(failed("setting the personality")),
+            None => Ok(()),
+        }
     }
 }

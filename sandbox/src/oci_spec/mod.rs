@@ -150,7 +150,11 @@ pub fn translate(spec: &Spec, bundle: &Path, policy: &Policy) -> std::result::Re
     }
     let rootfs = Rootfs {
         share: u32::try_from(mounts.shares.len()).ok(),
-        read_only: root.read_only,
+        read_only: spec
+            .root()
+            .as_ref()
+            .and_then(|root| root.readonly())
+            .unwrap_or(false),
         ..Rootfs::default()
     };
     mounts.shares.push(root);

@@ -22,7 +22,7 @@ use super::{
     error::{Result, invalid, unsupported},
     warnings::Warnings,
 };
-use crate::shares::ShareSpec;
+use crate::shares::{MAX_SHARES, ShareSpec};
 
 /// Most mounts, as the protocol bounds them.
 const MAX_MOUNTS: usize = 1024;
@@ -236,6 +236,15 @@ impl Mounts {
         if let Some(what) = what {
             return unsupported(field, format!("{} is {what}", path.display()));
         }
+        // One more is the root's.
+        if self.shares.len() + 1 >= MAX_SHARES {
+            return unsupported(
+                field,
+                format!(
+                    "a microVM takes {MAX_SHARES} shares, the root being one; bind a directory above several"
+                ),
+            );
+        }
         let share = u32::try_from(self.shares.len()).ok();
         self.shares.push(ShareSpec {
             source: path,
@@ -245,7 +254,7 @@ impl Mounts {
         });
         self.mounts.push(Mount {
             destination,
-            type_: "virtiofs".into(),
+            type_: agent_protocol::SHARE_MOUNT_TYPE.into(),
             share,
             options,
             ..Mount::default()

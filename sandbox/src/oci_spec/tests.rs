@@ -87,7 +87,7 @@ fn what_runc_spec_writes_is_taken() {
     assert!(all.request.resources.files.is_empty() && !all.request.device_filter);
     assert!(process.seccomp_programs.is_empty());
     assert_eq!(all.request.rootfs.share, Some(0));
-    assert!(all.request.rootfs.read_only && all.shares[0].exclusive);
+    assert!(all.request.rootfs.read_only && all.shares[0].exclusive && !all.shares[0].read_only);
     assert!(all.warnings.is_empty(), "{:?}", all.warnings);
 }
 
