@@ -31,6 +31,9 @@ pub struct VmConfig {
     /// Directories and files of the host as a file system of the guest. `hull-vmm` must have been started with `--shares`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fs: Option<FsConfig>,
+    /// Network devices, in the order the guest shall see them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub net: Vec<NetConfig>,
     /// The socket device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
@@ -101,6 +104,55 @@ pub struct BlkConfig {
     /// How the image is read and written.
     #[serde(default)]
     pub io_engine: IoEngine,
+}
+
+/// One virtio network device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// Name of the device in metrics and messages; unique.
+    pub id: String,
+    /// The interface's address, such as `02:00:00:00:00:01`. The guest may give itself another.
+    pub mac: String,
+    /// The MTU the guest is told; without, it decides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// Number of queues each way, up to 8.
+    #[serde(default = "one_queue")]
+    pub queue_pairs: u16,
+    /// The tap, by one open descriptor for each queue pair (`IFF_TAP`, `IFF_NO_PI`, `IFF_VNET_HDR`, with
+    /// `IFF_MULTI_QUEUE` if there are several; header of 12 bytes). Without, the link is down until one is attached
+    /// ([`crate::RequestBody::AttachNet`]).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub taps: Vec<ResourceRef>,
+    /// Limits of what the guest receives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_limit: Option<RateLimit>,
+    /// Limits of what the guest sends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_limit: Option<RateLimit>,
+}
+
+/// Limits of one direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// Bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<TokenBucket>,
+    /// Packets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub packets: Option<TokenBucket>,
+}
+
+/// A rate with a burst.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenBucket {
+    /// Bytes or packets a second.
+    pub per_second: u64,
+    /// Bytes or packets at once after a pause.
+    pub burst: u64,
 }
 
 fn one_queue() -> u16 {

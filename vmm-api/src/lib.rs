@@ -28,7 +28,7 @@ mod metrics;
 pub use client::{Client, ClientError};
 pub use config::{
     BalloonConfig, BlkConfig, BootProtocol, FsConfig, FsShareConfig, GuestPortConfig, HugePages, IoEngine,
-    ResourceRef, SerialConfig, VmConfig, VsockConfig,
+    NetConfig, RateLimit, ResourceRef, SerialConfig, TokenBucket, VmConfig, VsockConfig,
 };
 pub use frame::{
     Frame, FrameError, FrameReader, HEADER_BYTES, MAX_FDS, MAX_PAYLOAD_BYTES, Received, write_frame,

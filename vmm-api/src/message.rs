@@ -1,6 +1,9 @@
 //! Requests, responses and events.
 
-use crate::{config::VmConfig, metrics::MetricsReport};
+use crate::{
+    config::{ResourceRef, VmConfig},
+    metrics::MetricsReport,
+};
 use serde::{Deserialize, Serialize};
 
 /// One request of the client.
@@ -31,6 +34,13 @@ pub enum RequestBody {
     Balloon {
         /// Memory the balloon shall hold; the guest decides how fast it follows.
         target_mib: u64,
+    },
+    /// Gives a network device that has no link its tap, whether the microVM runs or not. The frame carries the descriptors.
+    AttachNet {
+        /// Name of the device.
+        id: String,
+        /// The tap, as in [`crate::NetConfig::taps`].
+        taps: Vec<ResourceRef>,
     },
     /// Asks for the counters.
     Metrics,

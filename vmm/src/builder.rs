@@ -24,6 +24,7 @@ use crate::{
             self, GuestRam,
             balloon::{Balloon, BalloonError},
             fs::ShareThread,
+            net::{Net, NetError, Tap},
             vsock::Vsock,
         },
     },
@@ -76,6 +77,9 @@ pub enum BuildError {
     /// A disk.
     #[error(transparent)]
     Blk(#[from] virtio::blk::BlkError),
+    /// A network device.
+    #[error(transparent)]
+    Net(#[from] virtio::net::NetError),
     /// The socket device.
     #[error(transparent)]
     Vsock(#[from] virtio::vsock::VsockError),
@@ -150,6 +154,7 @@ pub struct MicroVm {
     devices: DeviceManager,
     balloon: Option<Arc<Mutex<Balloon>>>,
     vsock: Option<Arc<Mutex<Vsock>>>,
+    net: Vec<Arc<Mutex<Net>>>,
     boot_timer: Arc<BootTimer>,
     unclaimed: Arc<AtomicU64>,
     start: StartMetrics,
@@ -204,6 +209,7 @@ pub fn build(
         mut devices,
         balloon,
         vsock,
+        net,
     } = attached;
 
     let mut watch = Stopwatch(Instant::now());
@@ -238,6 +244,7 @@ pub fn build(
         devices,
         balloon,
         vsock,
+        net,
         boot_timer,
         unclaimed,
         start,
@@ -436,6 +443,21 @@ impl MicroVm {
             .unwrap_or_else(PoisonError::into_inner)
             .set_target_mib(target_mib)?;
         Ok(true)
+    }
+
+    /// Gives the network device `id` its taps; false if there is no such device.
+    ///
+    /// # Errors
+    /// If the device has a tap, or takes another number of them.
+    pub fn attach_net(&self, id: &str, taps: Vec<Tap>) -> Result<bool, NetError> {
+        for net in &self.net {
+            let mut net = virtio::lock(net);
+            if net.id() == id {
+                net.attach(taps)?;
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// How long each step took.

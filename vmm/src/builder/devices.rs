@@ -4,7 +4,7 @@ use super::{BuildError, Confinement};
 use crate::{
     arch::x86_64::layout,
     boot_timer::BootTimer,
-    config::{BalloonResource, BlkResource, DeviceResources, FsResource, VsockResource},
+    config::{BalloonResource, BlkResource, DeviceResources, FsResource, NetResource, VsockResource},
     device_manager::DeviceManager,
     devices::{
         legacy::{BootTimerDevice, I8042, Serial},
@@ -12,6 +12,7 @@ use crate::{
             balloon::{Balloon, BalloonSpec},
             blk::{Blk, BlkSpec, EngineChoice},
             fs::{Confine, Fs, FsError, FsSpec},
+            net::Net,
             rng::Rng,
             vsock::{Vsock, VsockSpec},
         },
@@ -37,6 +38,8 @@ pub(super) struct Attached {
     pub(super) balloon: Option<Arc<Mutex<Balloon>>>,
     /// The socket device once more, for whoever ends the microVM.
     pub(super) vsock: Option<Arc<Mutex<Vsock>>>,
+    /// The network devices once more, for whoever gives them their taps.
+    pub(super) net: Vec<Arc<Mutex<Net>>>,
 }
 
 /// All devices of `resources`.
@@ -73,6 +76,11 @@ pub(super) fn attach(
     if let Some(fs) = resources.fs {
         attach_fs(&mut devices, vm, fs, confinement)?;
     }
+    let net = resources
+        .net
+        .into_iter()
+        .map(|net| attach_net(&mut devices, vm, net))
+        .collect::<Result<_, _>>()?;
     let vsock = resources
         .vsock
         .map(|vsock| attach_vsock(&mut devices, vm, vsock))
@@ -90,6 +98,7 @@ pub(super) fn attach(
         devices,
         balloon,
         vsock,
+        net,
     })
 }
 
@@ -144,6 +153,22 @@ fn confine_shares(filters: &Filters, vm: RawFd) -> Confine {
         fds::own_table(&keep).map_err(|error| format!("a descriptor table of its own: {error}"))?;
         filter.apply().map_err(|error| error.to_string())
     })
+}
+
+fn attach_net(
+    devices: &mut DeviceManager,
+    vm: &Vm,
+    resource: NetResource,
+) -> Result<Arc<Mutex<Net>>, BuildError> {
+    let NetResource { spec, taps, id } = resource;
+    let mut net = Net::new(&spec)?;
+    if !taps.is_empty() {
+        net.attach(taps)?;
+    }
+    let metrics = net.metrics();
+    let net = Arc::new(Mutex::new(net));
+    devices.attach_virtio(vm, &id, Arc::clone(&net), metrics)?;
+    Ok(net)
 }
 
 fn attach_vsock(

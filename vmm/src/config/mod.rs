@@ -2,13 +2,18 @@
 //!
 //! Owner: the control driver (or `main` for `--config`). After [`VmSpec::open`] nothing is opened by name any more.
 
+mod net;
 mod resources;
 
+pub use net::{NetResource, open_taps};
 pub use resources::{Access, ResourceError, Resources};
 
 use crate::{
     arch::x86_64::mptable,
-    devices::virtio::fs::Share,
+    devices::virtio::{
+        fs::Share,
+        net::{NetError, TapError},
+    },
     vstate::memory::{self, MemoryError},
 };
 use std::{
@@ -36,13 +41,13 @@ pub enum ConfigError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// A name that can't be one.
-    #[error("blk id {id:?}: 1 to {MAX_ID_BYTES} letters, digits, '-', '_' and '.' are needed")]
+    #[error("device id {id:?}: 1 to {MAX_ID_BYTES} letters, digits, '-', '_' and '.' are needed")]
     DeviceId {
         /// As configured.
         id: String,
     },
     /// Two devices of one name.
-    #[error("blk id {id:?} is used twice")]
+    #[error("device id {id:?} is used twice")]
     DuplicateId {
         /// The name.
         id: String,
@@ -52,6 +57,26 @@ pub enum ConfigError {
     Cid {
         /// As configured.
         cid: u32,
+    },
+    /// A network device that can't be.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// A descriptor that is no tap.
+    #[error("net {id:?}")]
+    Tap {
+        /// The device.
+        id: String,
+        /// What is wrong with it.
+        #[source]
+        source: TapError,
+    },
+    /// An address that is none.
+    #[error("net {id:?}: {mac:?} is no MAC address; write 02:00:00:00:00:01")]
+    MacAddress {
+        /// The device.
+        id: String,
+        /// As configured.
+        mac: String,
     },
     /// Two streams for one port.
     #[error("vsock guest port {port} is listed twice")]
@@ -130,6 +155,7 @@ pub struct VmSpec {
 pub(crate) struct DeviceResources {
     pub(crate) blk: Vec<BlkResource>,
     pub(crate) fs: Option<FsResource>,
+    pub(crate) net: Vec<NetResource>,
     pub(crate) vsock: Option<VsockResource>,
     pub(crate) rng: bool,
     pub(crate) balloon: Option<BalloonResource>,
@@ -153,8 +179,10 @@ impl VmSpec {
             .initrd
             .map(|initrd| resources.file(&initrd, Access::Read, "initrd"))
             .transpose()?;
-        let blk = open_blk(config.blk, resources)?;
+        let mut ids = BTreeSet::new();
+        let blk = open_blk(config.blk, resources, &mut ids)?;
         let fs = config.fs.map(|fs| open_fs(fs, resources)).transpose()?;
+        let net = net::open(config.net, resources, &mut ids)?;
         let vsock = config
             .vsock
             .map(|vsock| open_vsock(&vsock, resources))
@@ -180,6 +208,7 @@ impl VmSpec {
             devices: DeviceResources {
                 blk,
                 fs,
+                net,
                 vsock,
                 rng: config.rng,
                 balloon,
@@ -215,8 +244,24 @@ impl VmSpec {
     }
 }
 
-fn open_blk(configs: Vec<BlkConfig>, resources: &mut Resources) -> Result<Vec<BlkResource>, ConfigError> {
-    let mut ids = BTreeSet::new();
+/// Checks a device's name, which must be its own.
+fn claim_id(id: &str, ids: &mut BTreeSet<String>) -> Result<(), ConfigError> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let id = id.to_owned();
+    if id.is_empty() || id.len() > MAX_ID_BYTES || !id.chars().all(allowed) {
+        return Err(ConfigError::DeviceId { id });
+    }
+    if !ids.insert(id.clone()) {
+        return Err(ConfigError::DuplicateId { id });
+    }
+    Ok(())
+}
+
+fn open_blk(
+    configs: Vec<BlkConfig>,
+    resources: &mut Resources,
+    ids: &mut BTreeSet<String>,
+) -> Result<Vec<BlkResource>, ConfigError> {
     let mut blk = Vec::with_capacity(configs.len());
     for config in configs {
         let BlkConfig {
@@ -227,13 +272,7 @@ fn open_blk(configs: Vec<BlkConfig>, resources: &mut Resources) -> Result<Vec<Bl
             queues,
             io_engine,
         } = config;
-        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        if id.is_empty() || id.len() > MAX_ID_BYTES || !id.chars().all(allowed) {
-            return Err(ConfigError::DeviceId { id });
-        }
-        if !ids.insert(id.clone()) {
-            return Err(ConfigError::DuplicateId { id });
-        }
+        claim_id(&id, ids)?;
         let access = if read_only {
             Access::ReadOnly
         } else {

@@ -198,6 +198,20 @@ impl Resources {
         Ok(fd)
     }
 
+    /// A descriptor whose kind whoever gets it checks: one that can't be opened by name.
+    ///
+    /// # Errors
+    /// [`ResourceError`].
+    pub fn descriptor(&mut self, reference: &ResourceRef, field: &str) -> Result<OwnedFd, ResourceError> {
+        match self.locate(reference, field)? {
+            Located::Fd(fd) => Ok(fd),
+            Located::Path(_) => Err(ResourceError::Kind {
+                field: field.to_owned(),
+                expected: "an open descriptor, over the control socket,",
+            }),
+        }
+    }
+
     /// A connected Unix stream.
     ///
     /// # Errors

@@ -4,11 +4,12 @@ use super::queue::{DriverEnd, Order};
 use crate::{
     arch::x86_64::{backend, boot::BootError},
     builder::{self, BuildError, Confinement, MicroVm},
-    config::{ConfigError, Resources, VmSpec},
+    config::{ConfigError, Resources, VmSpec, open_taps},
     device_manager::Subscriber,
     devices::virtio::{
         blk::BlkError,
         fs::{FsError, ShareThread},
+        net::NetError,
     },
     jail::{
         limits,
@@ -26,7 +27,7 @@ use std::{
 };
 use vmm_api::{
     ApiError, ControlMetrics, ErrorCode, HelloInfo, MetricsReport, PROTOCOL_VERSION, RequestBody,
-    ResponseBody, StateReport, StopReason, VmConfig, VmState,
+    ResourceRef, ResponseBody, StateReport, StopReason, VmConfig, VmState,
 };
 
 /// How long readers on the host may take for what the guest sent before it stopped.
@@ -272,6 +273,7 @@ impl Driver {
             RequestBody::Pause => self.pause(),
             RequestBody::Resume => self.resume(),
             RequestBody::Balloon { target_mib } => self.set_balloon(target_mib),
+            RequestBody::AttachNet { id, taps } => self.attach_net(&id, &taps, fds),
             RequestBody::Metrics => Ok(ResponseBody::Metrics(Box::new(self.metrics()))),
             RequestBody::State => Ok(ResponseBody::State(self.report_state())),
             RequestBody::Shutdown => Ok(ResponseBody::Done),
@@ -375,6 +377,30 @@ impl Driver {
         }
     }
 
+    fn attach_net(
+        &mut self,
+        id: &str,
+        taps: &[ResourceRef],
+        fds: Vec<OwnedFd>,
+    ) -> Result<ResponseBody, ApiError> {
+        let microvm = match &self.state {
+            State::Configured(vm) | State::Running(vm) | State::Paused(vm) => vm,
+            State::Unconfigured | State::Stopped(_) => return Err(self.wrong_state("attach a tap to")),
+        };
+        let taps = open_taps(id, taps, &mut Resources::from_fds(fds));
+        match microvm.attach_net(id, taps.map_err(|error| describe_config(&error))?) {
+            Ok(true) => Ok(ResponseBody::Done),
+            Ok(false) => Err(ApiError {
+                code: ErrorCode::NoSuchDevice,
+                message: format!("the microVM was configured without a network device {id:?}"),
+            }),
+            Err(error) => Err(ApiError {
+                code: ErrorCode::InvalidConfig,
+                message: chain(&error),
+            }),
+        }
+    }
+
     fn microvm(&self) -> Option<&MicroVm> {
         match &self.state {
             State::Unconfigured => None,
@@ -439,7 +465,7 @@ impl Driver {
 
 fn describe_config(error: &ConfigError) -> ApiError {
     let code = match error {
-        ConfigError::Resource(_) => ErrorCode::Resource,
+        ConfigError::Resource(_) | ConfigError::Tap { .. } => ErrorCode::Resource,
         _ => ErrorCode::InvalidConfig,
     };
     ApiError {
@@ -452,6 +478,7 @@ fn describe_build(error: &BuildError) -> ApiError {
     let code = match error {
         BuildError::Boot(BootError::Cmdline { .. } | BootError::TooSmall { .. }) => ErrorCode::InvalidConfig,
         BuildError::Blk(BlkError::Queues { .. } | BlkError::Serial { .. }) => ErrorCode::InvalidConfig,
+        BuildError::Net(NetError::TapCount { .. }) => ErrorCode::InvalidConfig,
         BuildError::Fs(FsError::Tag { .. } | FsError::NoShares | FsError::NoThread) => {
             ErrorCode::InvalidConfig
         }

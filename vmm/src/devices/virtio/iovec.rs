@@ -57,6 +57,14 @@ impl GuestIovecs {
         }
     }
 
+    /// The same, with room for all it may ever take: adding to it allocates nothing.
+    pub fn with_capacity(mem: Arc<GuestRam>) -> Self {
+        Self {
+            iovecs: Vec::with_capacity(MAX_IOVECS + 1),
+            ..Self::new(mem)
+        }
+    }
+
     /// Empties the list, keeping its allocation.
     pub fn clear(&mut self) {
         self.iovecs.clear();
@@ -137,6 +145,12 @@ impl GuestIovecs {
         self.iovecs.drain(..whole);
     }
 
+    /// Drops the first `count` entries.
+    pub fn drop_first(&mut self, count: usize) {
+        let dropped = self.iovecs.drain(..count.min(self.iovecs.len()));
+        self.len_bytes -= dropped.map(|iovec| iovec.iov_len).sum::<usize>();
+    }
+
     /// The entries, for a request that the kernel reads them from.
     pub fn as_ptr(&self) -> *const libc::iovec {
         self.iovecs.as_ptr()
@@ -152,6 +166,33 @@ impl GuestIovecs {
     pub fn pwritev(&self, file: BorrowedFd<'_>, offset: i64) -> io::Result<usize> {
         // SAFETY: as for `preadv`; the kernel only reads the memory.
         check(unsafe { libc::pwritev(file.as_raw_fd(), self.as_ptr(), self.c_count(), offset) })
+    }
+
+    /// Reads one message, such as a frame of a tap, into the buffers. More than [`GuestIovecs::len_bytes`] if it didn't fit.
+    /// There must be less than [`MAX_IOVECS`] entries.
+    pub fn readv(&mut self, file: BorrowedFd<'_>) -> io::Result<usize> {
+        let mut overflow = 0u8;
+        self.iovecs.push(libc::iovec {
+            iov_base: (&raw mut overflow).cast(),
+            iov_len: 1,
+        });
+        // SAFETY: as for `preadv`; the last entry is a byte that outlives the call.
+        let read = check(unsafe { libc::readv(file.as_raw_fd(), self.as_ptr(), self.c_count()) });
+        self.iovecs.pop();
+        read
+    }
+
+    /// Writes `head` and then the buffers as one message. There must be less than [`MAX_IOVECS`] entries, or it fails.
+    pub fn writev_behind(&mut self, head: &[u8], file: BorrowedFd<'_>) -> io::Result<usize> {
+        let entry = libc::iovec {
+            iov_base: head.as_ptr().cast_mut().cast(),
+            iov_len: head.len(),
+        };
+        self.iovecs.insert(0, entry);
+        // SAFETY: as for `preadv`; the kernel only reads the memory, and `head` outlives the call.
+        let written = check(unsafe { libc::writev(file.as_raw_fd(), self.as_ptr(), self.c_count()) });
+        self.iovecs.remove(0);
+        written
     }
 
     /// Receives from a socket into the buffers, without waiting. Zero is the end of the stream.

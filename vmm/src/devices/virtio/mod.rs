@@ -22,7 +22,9 @@ pub mod blk;
 pub mod fs;
 pub mod iovec;
 pub mod metrics;
+pub mod net;
 pub mod queue;
+pub mod rate_limiter;
 pub mod rng;
 #[cfg(test)]
 #[expect(clippy::cast_possible_truncation, reason = "test data")]

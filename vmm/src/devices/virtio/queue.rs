@@ -11,6 +11,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
 use virtio_queue::desc::split::Descriptor;
@@ -25,6 +26,10 @@ use super::{GuestRam, Interrupt};
 pub const MAX_CHAIN_LEN: usize = 1024;
 
 const DESCRIPTOR_LEN: u32 = 16;
+/// Flags and index precede the entries of both rings.
+const AVAIL_RING_OFFSET: u64 = 4;
+const USED_RING_OFFSET: u64 = 4;
+const USED_ELEMENT_LEN: u64 = 8;
 
 /// How a guest broke a queue.
 #[derive(Debug, Error)]
@@ -313,6 +318,28 @@ impl Virtqueue {
             .map_err(QueueError::Ring)
     }
 
+    /// Returns several chains at once: the driver sees all of them or none.
+    pub fn complete_all(&mut self, chains: &[(u16, u32)]) -> Result<(), QueueError> {
+        let Some((last, others)) = chains.split_last() else {
+            return Ok(());
+        };
+        let first_used = self.queue.next_used();
+        for (slot, (head, written)) in others.iter().enumerate() {
+            let at = first_used.wrapping_add(u16::try_from(slot).unwrap_or(u16::MAX));
+            let offset = USED_RING_OFFSET + u64::from(at % self.queue.size()) * USED_ELEMENT_LEN;
+            let element = [u32::from(*head).to_le(), written.to_le()];
+            let addr = GuestAddress(self.queue.used_ring().saturating_add(offset));
+            self.mem
+                .write_obj(element, addr)
+                .map_err(|source| QueueError::Ring(virtio_queue::Error::GuestMemory(source)))?;
+        }
+        let others = u16::try_from(others.len()).unwrap_or(u16::MAX);
+        self.queue.set_next_used(first_used.wrapping_add(others));
+        self.unsignalled = self.unsignalled.saturating_add(others);
+        // Publishes the others too.
+        self.complete(last.0, last.1)
+    }
+
     /// Chains completed since the last [`Virtqueue::signal`].
     pub fn unsignalled(&self) -> u16 {
         self.unsignalled
@@ -320,15 +347,33 @@ impl Virtqueue {
 
     /// Interrupts the driver if it wants to know of what has been completed since the last call.
     pub fn signal(&mut self) -> Result<(), QueueError> {
-        if std::mem::take(&mut self.unsignalled) > 0
-            && self
-                .queue
-                .needs_notification(&*self.mem)
-                .map_err(QueueError::Ring)?
-        {
+        let unsignalled = std::mem::take(&mut self.unsignalled);
+        if unsignalled > 0 && self.driver_wants_interrupt(unsignalled)? {
             self.interrupt.signal_used_queue(self.index);
         }
         Ok(())
+    }
+
+    /// Whether the last `added` used buffers include the one the driver waits for (§2.7.7.2). The queue's own answer
+    /// doesn't know of those that were completed together.
+    fn driver_wants_interrupt(&self, added: u16) -> Result<bool, QueueError> {
+        if !self.queue.event_idx_enabled() {
+            return Ok(true);
+        }
+        // What was published must be seen before the driver's wish is read.
+        fence(Ordering::SeqCst);
+        let ring_len = 2 * u64::from(self.queue.size());
+        let addr = GuestAddress(
+            self.queue
+                .avail_ring()
+                .saturating_add(AVAIL_RING_OFFSET + ring_len),
+        );
+        let used_event: u16 = self
+            .mem
+            .load(addr, Ordering::Relaxed)
+            .map_err(|source| QueueError::Ring(virtio_queue::Error::GuestMemory(source)))?;
+        let behind = self.queue.next_used().wrapping_sub(u16::from_le(used_event));
+        Ok(behind.wrapping_sub(1) < added)
     }
 
     /// Passes what the driver offers to `serve`, which completes it, until there is nothing left. A driver that offers more

@@ -74,7 +74,21 @@ const DEVICES: &[Call] = &[
             ],
         ),
     ),
-    (libc::SYS_ioctl, OneOf(1, &[kvm::IRQ_LINE, libc::FIONBIO])),
+    (
+        libc::SYS_ioctl,
+        OneOf(
+            1,
+            &[
+                kvm::IRQ_LINE,
+                libc::FIONBIO,
+                // A tap that comes while the guest runs is looked at, and set up as the driver wants it.
+                libc::TUNGETIFF,
+                libc::TUNGETVNETHDRSZ,
+                libc::TUNSETOFFLOAD,
+                libc::TUNSETQUEUE,
+            ],
+        ),
+    ),
 ];
 
 /// Requests of a disk: all that its own thread does, and what io_uring leaves half done.
