@@ -31,6 +31,9 @@ mod rx;
 mod tap;
 #[cfg(test)]
 #[expect(clippy::cast_possible_truncation, reason = "test data")]
+mod tap_tests;
+#[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "test data")]
 mod tests;
 mod tx;
 

@@ -30,7 +30,7 @@ pub enum TapError {
     #[error("the descriptor is not a tap that is attached to its interface")]
     NotTap(#[source] io::Error),
     /// Other frames than a device's.
-    #[error("the tap must be opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR; its flags are {flags:#x}")]
+    #[error("the tap must be made with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR; its flags are {flags:#x}")]
     Flags {
         /// What it has.
         flags: u16,
@@ -57,7 +57,8 @@ impl Tap {
         let mut len_bytes: libc::c_int = 0;
         // SAFETY: the request writes a `struct ifreq`, which TapRequest has the size and layout of.
         check(unsafe { ioctl_with_mut_ref(&fd, libc::TUNGETIFF, &mut request) }).map_err(TapError::NotTap)?;
-        let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        // IFF_NO_PI must be set too, but can't be seen: its bit means something else here.
+        let wanted = libc::IFF_TAP | libc::IFF_VNET_HDR;
         if libc::c_int::from(request.flags) & wanted != wanted {
             return Err(TapError::Flags { flags: request.flags });
         }

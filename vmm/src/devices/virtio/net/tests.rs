@@ -1,6 +1,6 @@
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixDatagram;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use proptest::prelude::{prop_assert_eq, proptest};
 use vm_memory::Bytes;
@@ -29,8 +29,6 @@ enum Call {
     Offloads(u32),
     Enabled(bool),
 }
-
-use std::sync::Arc;
 
 impl AsFd for TestTap {
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -537,7 +535,6 @@ fn impossible_devices_are_refused() {
             ..
         })
     ));
-    let _: Option<OwnedFd> = None;
     assert_eq!(net.device_type(), 1);
 }
 
