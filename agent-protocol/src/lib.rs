@@ -92,6 +92,7 @@ methods! {
     StatPath(PathRequest) -> PathStat;
     Archive(ArchiveRequest) -> PathStat;
     Extract(ExtractRequest) -> Empty;
+    ConfigureNetwork(ConfigureNetworkRequest) -> Empty;
     Shutdown(Empty) -> Empty;
 }
 

@@ -4,9 +4,11 @@
 //! makes the other side build a mount table of a million entries or a path no kernel takes.
 
 mod container;
+mod network;
 mod process;
 
 pub use container::{MAX_CGROUP_FILES, MAX_DEVICE_RULES, MAX_HOOK_STATE_BYTES, MAX_ID_MAPPINGS, MAX_SHARES};
+pub use network::{MAX_INTERFACES, MAX_ROUTES};
 pub use process::MAX_CPU_MASK_BYTES;
 
 use crate::{

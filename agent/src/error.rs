@@ -57,6 +57,14 @@ pub enum AgentError {
         /// The state it is in.
         state: &'static str,
     },
+    /// A part of the network can't be set up.
+    #[error("network: {subject}: {}", errno.desc())]
+    Network {
+        /// The interface, address or route.
+        subject: String,
+        /// What the kernel said.
+        errno: Errno,
+    },
     /// The user isn't in the image's passwd or group file.
     #[error("unable to find {what} {name:?} in the image's {file}")]
     UnknownUser {
@@ -169,6 +177,7 @@ impl AgentError {
             Self::File { .. } => (StatusCode::FailedPrecondition, ErrorKind::FILE),
             Self::Setup { .. } => (StatusCode::Internal, ErrorKind::SETUP),
             Self::Hook { .. } => (StatusCode::FailedPrecondition, ErrorKind::HOOK),
+            Self::Network { .. } => (StatusCode::FailedPrecondition, ErrorKind::NETWORK),
             Self::StreamsMissing => (StatusCode::FailedPrecondition, ErrorKind::INTERNAL),
         }
     }
@@ -178,6 +187,7 @@ impl AgentError {
         let (code, kind) = self.kind();
         let (subject, errno) = match self {
             Self::Rootfs { step, errno } | Self::Setup { step, errno } => (step.clone(), *errno as i32),
+            Self::Network { subject, errno } => (subject.clone(), *errno as i32),
             Self::Exec { command, errno } => (command.clone(), *errno as i32),
             Self::WorkingDirectory { path, errno } | Self::File { path, errno } => {
                 (path.clone(), *errno as i32)

@@ -21,6 +21,7 @@ mod files;
 mod init;
 mod log;
 mod mount_api;
+mod network;
 mod process;
 mod process_list;
 mod pump;

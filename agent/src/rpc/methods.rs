@@ -7,10 +7,11 @@ use std::{
 };
 
 use agent_protocol::{
-    Archive, ArchiveRequest, CloseStdin, Connect, ConnectRequest, ConnectResponse, CreateContainer,
-    CreateExec, DecodeError, Empty, Extract, ExtractRequest, GetStats, ListProcesses, ListProcessesResponse,
-    Method, PROTOCOL_VERSION, PathStat, ProcessRef, ResizeTty, SERVICE, Shutdown, SignalProcess,
-    StartProcess, StartProcessResponse, StatPath, UpdateContainer, WaitProcess, decode,
+    Archive, ArchiveRequest, CloseStdin, ConfigureNetwork, Connect, ConnectRequest, ConnectResponse,
+    CreateContainer, CreateExec, DecodeError, Empty, Extract, ExtractRequest, GetStats, ListProcesses,
+    ListProcessesResponse, Method, PROTOCOL_VERSION, PathStat, ProcessRef, ResizeTty, SERVICE, Shutdown,
+    SignalProcess, StartProcess, StartProcessResponse, StatPath, UpdateContainer,
+    WaitProcess, decode,
     envelope::Request,
     stdio::{Stream, StreamHeader},
 };
@@ -19,7 +20,7 @@ use agent_protocol::{
 const STREAM_BUFFER_BYTES: usize = 64 * 1024;
 
 use super::{BootTimes, Responder};
-use crate::{containers::Containers, error::AgentError, files, init, log::log};
+use crate::{containers::Containers, error::AgentError, files, init, log::log, network};
 
 /// One connection's state.
 #[derive(Debug)]
@@ -141,6 +142,10 @@ impl Connection {
             Extract::NAME => {
                 responder.send_waiting();
                 self.extract(&decode_as::<Extract>(request)?)?;
+                responder.succeed(&Empty::default());
+            }
+            ConfigureNetwork::NAME => {
+                network::configure(&decode_as::<ConfigureNetwork>(request)?)?;
                 responder.succeed(&Empty::default());
             }
             Shutdown::NAME => {
