@@ -5,7 +5,12 @@
 
 use std::collections::BTreeMap;
 
-use sandbox::{ContainerRecord, Runtime, Status, confinement::SeccompSpec, log_driver::LogConfig};
+use sandbox::{
+    ContainerRecord, Runtime, Status,
+    confinement::SeccompSpec,
+    log_driver::LogConfig,
+    network::{NetworkMode, NetworkSpec},
+};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -33,6 +38,7 @@ struct Described {
     graph_driver: Value,
     mounts: Vec<Value>,
     config: Value,
+    network_settings: Value,
     #[serde(rename = "MicroVM")]
     micro_vm: Value,
 }
@@ -131,7 +137,7 @@ fn host_config(record: &ContainerRecord) -> Value {
         "LogConfig": log_config(&spec.log),
         "Memory": spec.memory_mib.saturating_mul(1 << 20),
         "NanoCpus": u64::from(spec.cpu_limit_milli.unwrap_or(u32::from(spec.vcpus) * 1000)) * 1_000_000,
-        "NetworkMode": "none",
+        "NetworkMode": network_mode(&spec.network),
         "OomScoreAdj": confinement.oom_score_adj.unwrap_or(0),
         "PidsLimit": spec.pids_limit,
         "Privileged": confinement.privileged,
@@ -143,6 +149,44 @@ fn host_config(record: &ContainerRecord) -> Value {
         "Sysctls": spec.sysctls,
         "Tmpfs": tmpfs,
         "Ulimits": ulimits,
+    })
+}
+
+fn network_mode(network: &NetworkSpec) -> String {
+    match &network.mode {
+        NetworkMode::None => "none".to_owned(),
+        NetworkMode::Network { name } => name.clone(),
+        NetworkMode::Namespace { path, .. } => format!("ns:{}", path.display()),
+    }
+}
+
+/// Where the container is while it runs, in docker's words.
+fn network_settings(record: &ContainerRecord) -> Value {
+    let Some(endpoint) = &record.endpoint else {
+        return json!({"Networks": {}, "Ports": {}});
+    };
+    let mut ports: BTreeMap<String, Vec<Value>> = BTreeMap::new();
+    for port in &endpoint.ports {
+        let address = port.host_address.unwrap_or(std::net::Ipv4Addr::UNSPECIFIED);
+        ports
+            .entry(format!("{}/{}", port.container_port, port.transport))
+            .or_default()
+            .push(json!({"HostIp": address, "HostPort": port.host_port.to_string()}));
+    }
+    let network = json!({
+        "IPAddress": endpoint.address,
+        "IPPrefixLen": endpoint.prefix_length,
+        "Gateway": endpoint.gateway,
+        "MacAddress": endpoint.mac,
+        "Aliases": record.spec.network.aliases,
+    });
+    json!({
+        "IPAddress": endpoint.address,
+        "IPPrefixLen": endpoint.prefix_length,
+        "Gateway": endpoint.gateway,
+        "MacAddress": endpoint.mac,
+        "Ports": ports,
+        "Networks": {&endpoint.network: network},
     })
 }
 
@@ -247,6 +291,7 @@ pub fn describe(runtime: &Runtime, record: &ContainerRecord, size: bool) -> anyh
         graph_driver: graph_driver(record),
         mounts: mounts(record),
         config: config(record),
+        network_settings: network_settings(record),
         micro_vm: json!({
             "VCPUs": record.spec.vcpus,
             "MemoryMiB": record.spec.memory_mib,

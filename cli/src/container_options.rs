@@ -10,7 +10,8 @@ use sandbox::{
 };
 
 use crate::{
-    confinement_options::ConfinementOptions, image, mount_options::MountOptions, signal_name, terminal,
+    confinement_options::ConfinementOptions, image, mount_options::MountOptions,
+    network_options::NetworkOptions, signal_name, terminal,
 };
 
 /// Memory of a microVM unless told otherwise. What the guest doesn't use, or frees, stays with the host.
@@ -104,6 +105,8 @@ pub struct ContainerOptions {
     storage_opt: Vec<String>,
     #[command(flatten)]
     confinement: ConfinementOptions,
+    #[command(flatten)]
+    network: NetworkOptions,
     /// The image, and the command to run in place of the image's
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_names = ["IMAGE", "COMMAND"], num_args = 1..)]
     image_and_command: Vec<String>,
@@ -352,6 +355,7 @@ impl ContainerOptions {
         let tmpfs = tmpfs.collect::<Result<Vec<_>, _>>()?;
         let labels = self.label.iter().map(|text| parse_label(text));
         let labels = labels.collect::<Result<BTreeMap<_, _>, _>>()?;
+        let network = self.network.spec(directories)?;
         let mut base = ContainerSpec::default();
         self.confinement.apply(&mut base)?;
         self.mounts.apply(&mut base, directories)?;
@@ -374,6 +378,7 @@ impl ContainerOptions {
             stop_signal: self.stop_signal.or(image.stop_signal),
             stop_timeout_s: self.stop_timeout,
             auto_remove: self.rm,
+            network,
             ..base
         })
     }

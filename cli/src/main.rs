@@ -33,6 +33,8 @@ mod login;
 mod logout;
 mod logs;
 mod mount_options;
+mod network_command;
+mod network_options;
 mod output;
 mod pause;
 mod prune;
@@ -104,6 +106,7 @@ enum Verb {
     Rmi(rmi::Rmi),
     Image(image_command::Image),
     Volume(volume::Volume),
+    Network(network_command::Network),
     Prune(prune::Prune),
     Top(top::Top),
     Login(login::Login),
@@ -170,6 +173,7 @@ fn main() -> ExitCode {
         Verb::Rmi(rmi) => (rmi.execute(), |_| 1),
         Verb::Image(image) => (image.execute(), |_| 1),
         Verb::Volume(volume) => (volume.execute(), |_| 1),
+        Verb::Network(network) => (network.execute(), |_| 1),
         Verb::Prune(prune) => (prune.execute(), |_| 1),
         Verb::Top(top) => (top.execute(), |_| 1),
         Verb::Login(login) => (login.execute(), |_| 1),

@@ -19,7 +19,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    ContainerSpec, Result, SandboxError, SandboxId, process_handle::ProcessIdentity, run_dir::boot_id,
+    ContainerSpec, Result, SandboxError, SandboxId, network::Endpoint, process_handle::ProcessIdentity,
+    run_dir::boot_id,
 };
 
 /// Version of [`ContainerRecord`].
@@ -107,6 +108,9 @@ pub struct ContainerRecord {
     pub id: SandboxId,
     /// Its name, unique.
     pub name: String,
+    /// Where it is, in a network of ours, while it runs.
+    #[serde(default)]
+    pub endpoint: Option<Endpoint>,
     /// Everything it was made of.
     pub spec: ContainerSpec,
     /// When it was created, since the epoch.
@@ -148,6 +152,7 @@ impl ContainerRecord {
             exit_code: None,
             oom_killed: false,
             error: None,
+            endpoint: None,
             run,
         }
     }

@@ -89,10 +89,6 @@ pub(crate) fn rlimits() -> Vec<Rlimit> {
     }]
 }
 
-pub(crate) fn hosts(hostname: &str) -> String {
-    format!("127.0.0.1\tlocalhost {hostname}\n::1\tlocalhost ip6-localhost ip6-loopback\n")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -140,6 +140,9 @@ pub enum SandboxError {
         /// Which.
         name: String,
     },
+    /// Its network.
+    #[error(transparent)]
+    Network(#[from] crate::network::NetworkError),
     /// The container's files have no place on the disk.
     #[error("the container's writable layer can't be made")]
     WritableLayer {

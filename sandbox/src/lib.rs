@@ -32,6 +32,7 @@ mod lifecycle;
 mod locate;
 pub mod log_driver;
 pub mod monitor;
+pub mod network;
 pub mod oci_spec;
 mod process_handle;
 mod recovery;

@@ -21,7 +21,8 @@ use std::{
 };
 
 use agent_protocol::{
-    ConnectResponse, CreateContainer, READY_PORT, RPC_PORT, Shutdown, StartProcess, WaitProcess,
+    ConfigureNetwork, ConnectResponse, CreateContainer, READY_PORT, RPC_PORT, Shutdown, StartProcess,
+    WaitProcess,
 };
 
 use crate::{
@@ -30,6 +31,7 @@ use crate::{
     attach::process_ref,
     container_record::{RunInfo, now_ms},
     container_store::Home,
+    network::{Identity, Wiring},
     rootfs,
     run_dir::{RunDir, SocketDir},
     shares::{self, OpenShare},
@@ -61,6 +63,8 @@ pub(crate) struct MicroVm {
     // The order of fields is the order of destruction: the VMM ends before the folder of its sockets goes.
     pub(crate) agent: AgentClient,
     pub(crate) vmm: Vmm,
+    /// Taken back when the VMM has gone.
+    _wiring: Wiring,
     pub(crate) sockets: SocketDir,
     /// Until the monitor takes them.
     pub(crate) streams: Option<ProcessStreams>,
@@ -127,6 +131,7 @@ pub(crate) fn boot(
         vsock,
         guest_port: (READY_PORT, guest_end),
         console,
+        net: spec.network.devices(),
     };
     vmm.start(&parts)?;
     Ok(ready)
@@ -179,6 +184,7 @@ impl MicroVm {
             ..RunInfo::of_this_process()?
         });
         home.write(record)?;
+        let wiring = connect(record, &mut vmm)?;
 
         wait_ready(&mut vmm, &ready, launch.cancel)?;
         let boot_us = microseconds(stopwatch.lap());
@@ -192,17 +198,26 @@ impl MicroVm {
         let mut agent = AgentClient::new(rpc);
         // All under way at once, and handled in order: one round trip. Whichever fails first says why.
         let connect = agent.send_connect(true)?;
-        let create = agent.send::<CreateContainer>(&record.spec.for_agent(&record.id)?)?;
+        let request = record.spec.for_agent(&record.id, wiring.endpoint.as_ref())?;
+        let create = agent.send::<CreateContainer>(&request)?;
+        let network = match wiring.request.interfaces.is_empty() {
+            true => None,
+            false => Some(agent.send::<ConfigureNetwork>(&wiring.request)?),
+        };
         let start = agent.send::<StartProcess>(&process)?;
         let exit = agent.send::<WaitProcess>(&process)?;
         streams.confirm([&mut accepted])?;
         let hello = agent.finish_connect(&connect)?;
         split_boot(&mut timing, boot_us, &hello);
         agent.wait(&create, Some(CALL_TIMEOUT))?;
+        if let Some(network) = network {
+            agent.wait(&network, Some(CALL_TIMEOUT))?;
+        }
         agent.wait(&start, Some(CALL_TIMEOUT))?;
         timing.container_us = microseconds(stopwatch.lap());
         record.status = Status::Running;
         record.started_ms = Some(now_ms());
+        record.endpoint.clone_from(&wiring.endpoint);
         (
             record.finished_ms,
             record.exit_code,
@@ -214,6 +229,7 @@ impl MicroVm {
         Ok(Self {
             agent,
             vmm,
+            _wiring: wiring,
             sockets,
             streams: Some(streams),
             exit,
@@ -258,6 +274,23 @@ impl MicroVm {
         timing.teardown_us = microseconds(stopwatch.lap());
         timing
     }
+}
+
+/// Connects the microVM, while it boots, with what its container asked for.
+fn connect(record: &ContainerRecord, vmm: &mut Vmm) -> Result<Wiring> {
+    let spec = &record.spec;
+    let hostname = spec.hostname(&record.id);
+    let identity = Identity {
+        id: &record.id,
+        name: &record.name,
+        hostname: &hostname,
+    };
+    let mut wiring = Wiring::connect(&spec.network, identity)?;
+    // From here on the VMM's alone, so that they go with it.
+    for (index, tap) in std::mem::take(&mut wiring.taps).into_iter().enumerate() {
+        vmm.attach_net(index, tap.as_fd())?;
+    }
+    Ok(wiring)
 }
 
 /// Splits the time from the vCPUs' start until the agent was ready between the kernel and the agent.

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use crate::{
     ContainerExit, ContainerRecord, Result, Runtime, SandboxError, SandboxId, Status, Timing,
-    container_record::now_ms, container_store::Home, process_handle::ProcessIdentity, run_dir::boot_id,
+    container_record::now_ms, container_store::Home, network, process_handle::ProcessIdentity,
+    run_dir::boot_id,
 };
 
 /// How long a killed process may take to go; its memory is being freed.
@@ -74,6 +75,10 @@ impl Runtime {
             end_vmm(&record.id, vmm);
         }
         self.run.remove(&record.id);
+        record.endpoint = None;
+        if let Err(error) = network::clean_up(&record.spec.network, &record.id) {
+            tracing::warn!(id = %record.id, %error, "can't take a container's network back");
+        }
         tracing::info!(id = %record.id, "recovered a container whose monitor is gone");
         if record.spec.auto_remove {
             home.remove(&record.name)?;

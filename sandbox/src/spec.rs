@@ -14,6 +14,7 @@ use crate::{
     confinement::{Confinement, DeviceSpec},
     defaults,
     log_driver::LogConfig,
+    network::{self, Endpoint, NetworkSpec},
     rootfs::{RootfsSpec, Writable},
     shares::{ShareMount, ShareSpec},
 };
@@ -110,6 +111,8 @@ pub struct ContainerSpec {
     pub stop_timeout_s: Option<u64>,
     /// Whether it is removed when it has ended.
     pub auto_remove: bool,
+    /// What it is connected to.
+    pub network: NetworkSpec,
 }
 
 /// Applies `NAME=value` entries over others.
@@ -312,7 +315,11 @@ impl ContainerSpec {
             .collect()
     }
 
-    pub(crate) fn for_agent(&self, id: &SandboxId) -> Result<CreateContainerRequest> {
+    pub(crate) fn for_agent(
+        &self,
+        id: &SandboxId,
+        endpoint: Option<&Endpoint>,
+    ) -> Result<CreateContainerRequest> {
         let hostname = self.hostname(id);
         let mut process = self.process.for_agent(&self.confinement)?;
         if !process.env.iter().any(|entry| entry.starts_with("HOSTNAME=")) {
@@ -336,6 +343,14 @@ impl ContainerSpec {
             source: device.path.clone(),
             ..Device::default()
         };
+        let name = self.name.as_deref().unwrap_or_default();
+        let hosts = network::hosts(&hostname, name, &self.network, endpoint);
+        let mut files = vec![
+            file("/etc/hostname", format!("{hostname}\n")),
+            file("/etc/hosts", hosts),
+        ];
+        let resolver = endpoint.and_then(|_| network::resolv_conf(&self.network));
+        files.extend(resolver.map(|content| file("/etc/resolv.conf", content)));
         Ok(CreateContainerRequest {
             container_id: id.as_str().to_owned(),
             rootfs: Some(self.rootfs.for_agent(self.read_only, self.writable())).into(),
@@ -350,10 +365,7 @@ impl ContainerSpec {
             })
             .into(),
             sysctls: self.sysctls(),
-            files: vec![
-                file("/etc/hostname", format!("{hostname}\n")),
-                file("/etc/hosts", defaults::hosts(&hostname)),
-            ],
+            files,
             hostname,
             devices: self.devices.iter().map(device).collect(),
             all_devices: self.confinement.privileged,
@@ -463,7 +475,7 @@ mod tests {
             ..ContainerSpec::default()
         };
         spec.check().unwrap();
-        spec.for_agent(&SandboxId::random().unwrap())
+        spec.for_agent(&SandboxId::random().unwrap(), None)
             .unwrap()
             .check()
             .unwrap();

@@ -24,12 +24,12 @@ use rustix::{
 };
 use vmm_api::{
     BalloonConfig, BlkConfig, BootProtocol, Client, ClientError, Event, FsConfig, FsShareConfig,
-    GuestPortConfig, HugePages, IoEngine, RequestBody, ResourceRef, ResponseBody, SerialConfig, VmConfig,
-    VsockConfig,
+    GuestPortConfig, HugePages, IoEngine, NetConfig, RequestBody, ResourceRef, ResponseBody, SerialConfig,
+    VmConfig, VsockConfig,
 };
 
 use crate::{
-    Result, SandboxError, SandboxId,
+    Result, SandboxError, SandboxId, network,
     process_handle::{ProcessHandle, ProcessIdentity},
     shares::OpenShare,
     wait,
@@ -69,6 +69,8 @@ pub(crate) struct VmParts {
     /// Port on the host and the stream that serves it.
     pub(crate) guest_port: (u32, UnixStream),
     pub(crate) console: Option<File>,
+    /// How many network devices, each without a link until it is given a tap.
+    pub(crate) net: usize,
 }
 
 /// A VMM process. Dropping it kills it.
@@ -169,6 +171,15 @@ impl Vmm {
         self.call(RequestBody::Configure(Box::new(config)), &fds)?;
         self.call(RequestBody::Start, &[])?;
         Ok(())
+    }
+
+    /// Connects a network device with a tap.
+    pub(crate) fn attach_net(&mut self, index: usize, tap: BorrowedFd<'_>) -> Result<()> {
+        let request = RequestBody::AttachNet {
+            id: network::device_id(index),
+            taps: vec![ResourceRef::Fd(0)],
+        };
+        self.call(request, &[tap]).map(drop)
     }
 
     /// Waits until `fd` is readable, as long as the microVM lives and nobody gives up.
@@ -352,6 +363,7 @@ fn config<'a>(parts: &'a VmParts, fds: &mut Vec<BorrowedFd<'a>>) -> VmConfig {
             tag: agent_protocol::SHARES_TAG.to_owned(),
             shares,
         }),
+        net: (0..parts.net).map(net_device).collect(),
         vsock: Some(VsockConfig {
             cid: GUEST_CID,
             listener: attach(parts.vsock.as_fd()),
@@ -370,6 +382,19 @@ fn config<'a>(parts: &'a VmParts, fds: &mut Vec<BorrowedFd<'a>>) -> VmConfig {
             output: attach(file.as_fd()),
         }),
         boot_timer: false,
+    }
+}
+
+/// A device that is connected later.
+fn net_device(index: usize) -> NetConfig {
+    NetConfig {
+        id: network::device_id(index),
+        mac: network::format_mac(&network::device_mac(index)),
+        mtu: None,
+        queue_pairs: 1,
+        taps: Vec::new(),
+        rx_limit: None,
+        tx_limit: None,
     }
 }
 

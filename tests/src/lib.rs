@@ -10,6 +10,7 @@ pub mod hull;
 pub mod initramfs;
 pub mod kernel_guest;
 pub mod kernel_vm;
+pub mod netns;
 pub mod oci;
 pub mod oci_guest;
 pub mod outer_vm;

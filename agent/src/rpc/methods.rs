@@ -10,8 +10,7 @@ use agent_protocol::{
     Archive, ArchiveRequest, CloseStdin, ConfigureNetwork, Connect, ConnectRequest, ConnectResponse,
     CreateContainer, CreateExec, DecodeError, Empty, Extract, ExtractRequest, GetStats, ListProcesses,
     ListProcessesResponse, Method, PROTOCOL_VERSION, PathStat, ProcessRef, ResizeTty, SERVICE, Shutdown,
-    SignalProcess, StartProcess, StartProcessResponse, StatPath, UpdateContainer,
-    WaitProcess, decode,
+    SignalProcess, StartProcess, StartProcessResponse, StatPath, UpdateContainer, WaitProcess, decode,
     envelope::Request,
     stdio::{Stream, StreamHeader},
 };

@@ -245,6 +245,41 @@ pub(super) fn mkfs() -> Check {
     }
 }
 
+/// Taps need no interface to be tried: the device opens or doesn't.
+pub(super) fn taps() -> Check {
+    const NAME: &str = "/dev/net/tun";
+    match fs::File::options().read(true).write(true).open(NAME) {
+        Ok(_) => Check::ok(NAME, "opens"),
+        Err(error) => Check::warning(
+            NAME,
+            format!("{error}: no --network"),
+            "load the module tun, and run hull as root",
+        ),
+    }
+}
+
+/// The program, and the kernel behind it, which it asks.
+pub(super) fn firewall() -> Check {
+    const NAME: &str = "nft";
+    let path = std::env::var("PATH").unwrap_or_default();
+    let output = std::process::Command::new("nft")
+        .args(["list", "tables"])
+        .env("PATH", format!("{path}:/usr/sbin:/sbin"))
+        .output();
+    match output {
+        Ok(output) if output.status.success() => Check::ok(NAME, "nftables answers"),
+        Ok(output) => Check::warning(
+            NAME,
+            format!(
+                "{}: no --network",
+                output::printable(String::from_utf8_lossy(&output.stderr).trim())
+            ),
+            "run hull as root, on a kernel with nf_tables",
+        ),
+        Err(error) => Check::warning(NAME, format!("{error}: no --network"), "install nftables"),
+    }
+}
+
 pub(super) fn journal() -> Check {
     const NAME: &str = "journal";
     const SOCKET: &str = "/run/systemd/journal/socket";

@@ -198,6 +198,8 @@ fn checks(directories: &Directories) -> Vec<Check> {
         host::clock_source(),
         host::mkfs(),
         host::journal(),
+        host::taps(),
+        host::firewall(),
     ]);
     checks
 }

@@ -43,6 +43,7 @@ impl Server {
         record.exit_code = Some(exit.code);
         record.oom_killed = exit.oom_killed;
         record.run = None;
+        record.endpoint = None;
         let timing = vm.finish();
         let report = ExitReport {
             code: exit.code,

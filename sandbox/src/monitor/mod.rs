@@ -174,6 +174,7 @@ fn not_started(home: Home, mut record: ContainerRecord, error: &SandboxError) ->
         return home.remove(&record.name);
     }
     record.run = None;
+    record.endpoint = None;
     record.exit_code = Some(error.exit_code());
     record.error = Some(failure::chain(error));
     if record.status.is_live() {
