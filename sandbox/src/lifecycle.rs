@@ -104,6 +104,8 @@ pub(crate) struct Shape {
     pub(crate) memory_mib: u64,
     pub(crate) disks: Vec<Disk>,
     pub(crate) shares: Vec<OpenShare>,
+    /// Network devices, to be connected later.
+    pub(crate) net: usize,
 }
 
 /// A microVM that runs, and the stream on which its agent will say that it is ready.
@@ -131,7 +133,7 @@ pub(crate) fn boot(
         vsock,
         guest_port: (READY_PORT, guest_end),
         console,
-        net: spec.network.devices(),
+        net: shape.net,
     };
     vmm.start(&parts)?;
     Ok(ready)
@@ -175,6 +177,7 @@ impl MicroVm {
             memory_mib: record.spec.memory_mib,
             disks,
             shares,
+            net: record.spec.network.devices(),
         };
         let ready = boot(sockets.listen_vsock()?, &mut vmm, components, shape)?;
         timing.vm_setup_us = microseconds(stopwatch.lap());
@@ -286,10 +289,7 @@ fn connect(record: &ContainerRecord, vmm: &mut Vmm) -> Result<Wiring> {
         hostname: &hostname,
     };
     let mut wiring = Wiring::connect(&spec.network, identity)?;
-    // From here on the VMM's alone, so that they go with it.
-    for (index, tap) in std::mem::take(&mut wiring.taps).into_iter().enumerate() {
-        vmm.attach_net(index, tap.as_fd())?;
-    }
+    vmm.attach_taps(&mut wiring)?;
     Ok(wiring)
 }
 

@@ -173,13 +173,16 @@ impl Vmm {
         Ok(())
     }
 
-    /// Connects a network device with a tap.
-    pub(crate) fn attach_net(&mut self, index: usize, tap: BorrowedFd<'_>) -> Result<()> {
-        let request = RequestBody::AttachNet {
-            id: network::device_id(index),
-            taps: vec![ResourceRef::Fd(0)],
-        };
-        self.call(request, &[tap]).map(drop)
+    /// Connects the network devices with their taps, which are the VMM's alone from here on and go with it.
+    pub(crate) fn attach_taps(&mut self, wiring: &mut network::Wiring) -> Result<()> {
+        for (index, tap) in std::mem::take(&mut wiring.taps).into_iter().enumerate() {
+            let request = RequestBody::AttachNet {
+                id: network::device_id(index),
+                taps: vec![ResourceRef::Fd(0)],
+            };
+            self.call(request, &[tap.as_fd()])?;
+        }
+        Ok(())
     }
 
     /// Waits until `fd` is readable, as long as the microVM lives and nobody gives up.

@@ -159,6 +159,7 @@ impl Bundles {
             run: Some(RunInfo::of_this_process()?),
             exit: None,
             cgroups: Vec::new(),
+            network: NetworkMode::None,
             poststop_done: false,
         };
         home.write_config(&config)?;

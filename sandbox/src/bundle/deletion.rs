@@ -10,7 +10,11 @@ use super::{
     protocol::{Reply, Request},
     record::{BundleExit, BundleRecord, BundleState, BundleStatus},
 };
-use crate::{container_record::RunInfo, recovery::end_vmm};
+use crate::{
+    container_record::RunInfo,
+    network::{NetworkSpec, clean_up},
+    recovery::end_vmm,
+};
 
 /// How long a killed process may take to go; its memory is being freed.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
@@ -47,6 +51,13 @@ impl Bundles {
         tracing::debug!(id = record.id, "recovering a container whose monitor is gone");
         end_run(&record, &run);
         home.remove_sockets();
+        let spec = NetworkSpec {
+            mode: record.network.clone(),
+            ..NetworkSpec::default()
+        };
+        if let Err(error) = clean_up(&spec, &record.sandbox_id) {
+            tracing::warn!(id = record.id, %error, "can't give a container's network namespace back");
+        }
         if record.status == BundleStatus::Creating {
             remove_cgroups(&record);
             self.homes.free_jail_uid(record.jail_uid);

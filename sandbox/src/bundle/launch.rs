@@ -30,6 +30,7 @@ use crate::{
     container_record::RunInfo,
     lifecycle::{Shape, boot, wait_ready},
     monitor::{Connection, Incoming},
+    network::{NetworkMode, interfaces_here},
     oci_spec::{Network, Policy, Translated, translate},
     rootfs::RootfsSpec,
     shares,
@@ -43,6 +44,8 @@ pub(super) struct Created {
     // The order of fields is the order of destruction.
     pub(super) agent: AgentClient,
     pub(super) vmm: Vmm,
+    /// Interfaces it can have.
+    pub(super) devices: usize,
     pub(super) ends: Ends,
     /// Whether the process has an input.
     pub(super) input: bool,
@@ -91,6 +94,10 @@ fn launch(
     let mut translated = translate(&spec, &record.bundle, &policy).map_err(SandboxError::from)?;
     record.memory_mib = translated.memory_mib;
     enter_network(&translated.network)?;
+    if let Network::Join(path) = &translated.network {
+        let (path, devices) = (path.clone(), 0);
+        record.network = NetworkMode::Namespace { path, devices };
+    }
     let mut cgroups = HostCgroups::planned(&host_path(translated.host_cgroup.as_ref(), &record.id));
     // Known before they are there, so that who finds this process killed can remove them.
     record.cgroups = cgroups.directories();
@@ -122,7 +129,10 @@ fn launch(
         memory_mib: translated.memory_mib,
         disks,
         shares,
+        // Who fills the namespace later, as Docker does, finds one to fill.
+        net: interfaces_here().map_err(SandboxError::from)?.max(1),
     };
+    let devices = shape.net;
     // Not before: a child inherits what is blocked. Until now a signal ends this process, and the creation with it.
     let signals = AllSignals::take()?;
     let ready = boot(home.listen_vsock()?, &mut vmm, components, shape)?;
@@ -133,6 +143,7 @@ fn launch(
     Ok(Created {
         agent,
         vmm,
+        devices,
         ends,
         input,
         signals,

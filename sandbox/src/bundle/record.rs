@@ -13,7 +13,7 @@ use std::{collections::BTreeMap, fmt, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{SandboxId, container_record::RunInfo};
+use crate::{SandboxId, container_record::RunInfo, network::NetworkMode};
 
 /// Version of [`BundleRecord`].
 pub(super) const RECORD_VERSION: u32 = 1;
@@ -120,6 +120,9 @@ pub(super) struct BundleRecord {
     pub(super) exit: Option<BundleExit>,
     /// Directories of control groups that were made for it, to be removed with it.
     pub(super) cgroups: Vec<PathBuf>,
+    /// The network namespace it was given, whose interfaces are its microVM's while it runs.
+    #[serde(default)]
+    pub(super) network: NetworkMode,
     /// Whether the hooks that go with its end have run.
     #[serde(default)]
     pub(super) poststop_done: bool,

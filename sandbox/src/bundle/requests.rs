@@ -1,9 +1,13 @@
 //! What clients of a created or running container ask its monitor for, and what a signal to it does.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use agent_protocol::{
-    ResizeTty, ResizeTtyRequest, SignalProcess, SignalProcessRequest, StartProcess, WaitProcess, WindowSize,
+    ConfigureNetwork, ResizeTty, ResizeTtyRequest, SignalProcess, SignalProcessRequest, StartProcess,
+    WaitProcess, WindowSize,
 };
 
 use super::{
@@ -12,7 +16,13 @@ use super::{
     record::{BundleStatus, ProcessExit},
     server::{Server, Token},
 };
-use crate::{agent_client::CALL_TIMEOUT, attach::process_ref, stdio::ProcessStreams};
+use crate::{
+    SandboxError,
+    agent_client::{CALL_TIMEOUT, Pending},
+    attach::process_ref,
+    network::Wiring,
+    stdio::ProcessStreams,
+};
 
 /// How long a killed process may take to end; then its microVM is.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
@@ -82,9 +92,13 @@ impl Server {
         let process = process_ref(&id, "");
         let connect = || self.home.connect_vsock();
         let mut streams = ProcessStreams::open(connect, (&id, ""), self.record.terminal, self.input)?;
+        let network = self.connect_network()?;
         let start = self.agent.send::<StartProcess>(&process)?;
         let wait = self.agent.send::<WaitProcess>(&process)?;
         streams.confirm([])?;
+        if let Some(network) = network {
+            self.agent.wait(&network, Some(CALL_TIMEOUT))?;
+        }
         if let Err(error) = self.agent.wait(&start, Some(CALL_TIMEOUT)) {
             let error = BundleError::from_agent(error);
             let code = match &error {
@@ -98,6 +112,17 @@ impl Server {
         self.wait = Some(wait);
         self.record.status = BundleStatus::Running;
         self.home.write(&self.record)
+    }
+
+    /// Gives the microVM the interfaces that are there by now.
+    fn connect_network(&mut self) -> Result<Option<Pending<ConfigureNetwork>>> {
+        let wiring = Wiring::join(Path::new("/proc/self/ns/net"), self.devices);
+        self.wiring = wiring.map_err(SandboxError::from)?;
+        if self.wiring.request.interfaces.is_empty() {
+            return Ok(None);
+        }
+        self.vmm.attach_taps(&mut self.wiring)?;
+        Ok(Some(self.agent.send::<ConfigureNetwork>(&self.wiring.request)?))
     }
 
     /// Sends a signal; what is to be answered later is `None`.

@@ -37,6 +37,7 @@ use crate::{
     SandboxError,
     agent_client::{AgentClient, CALL_TIMEOUT, Pending},
     monitor::{Connection, Incoming},
+    network::Wiring,
     vmm_client::Vmm,
 };
 
@@ -76,6 +77,10 @@ pub(super) struct Server {
     pub(super) record: BundleRecord,
     pub(super) agent: AgentClient,
     pub(super) vmm: Vmm,
+    /// Interfaces the microVM can have.
+    pub(super) devices: usize,
+    /// From the start on.
+    pub(super) wiring: Wiring,
     listener: UnixListener,
     incidents: AllSignals,
     clients: Vec<Client>,
@@ -103,6 +108,7 @@ impl Server {
         let Created {
             agent,
             vmm,
+            devices,
             ends,
             input,
             signals,
@@ -112,6 +118,8 @@ impl Server {
             record,
             agent,
             vmm,
+            devices,
+            wiring: Wiring::default(),
             listener,
             incidents: signals,
             clients: Vec::new(),
@@ -345,6 +353,7 @@ impl Server {
         let exit = self.exit.take();
         let exit = exit.unwrap_or_else(|| BundleExit::now(KILLED, false, None));
         self.vmm.end();
+        drop(std::mem::take(&mut self.wiring));
         drop(self.listener);
         self.home.remove_sockets();
         self.record.status = BundleStatus::Stopped;

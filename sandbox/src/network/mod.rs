@@ -36,7 +36,7 @@ pub use ports::{PublishedPort, Transport};
 pub use store::{Lease, NetworkRecord, Networks};
 pub use subnet::Subnet;
 pub use wiring::{Endpoint, NetworkMode, NetworkSpec};
-pub(crate) use wiring::{Identity, Wiring, clean_up};
+pub(crate) use wiring::{Identity, Wiring, clean_up, interfaces_here};
 
 /// The address a device of a microVM has from boot, by which the agent finds it. The one its interface shows is another.
 pub(crate) fn device_mac(index: usize) -> [u8; 6] {

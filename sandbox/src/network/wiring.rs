@@ -161,7 +161,7 @@ impl Wiring {
     }
 
     /// Takes the interfaces of a namespace over.
-    fn join(path: &Path, devices: usize) -> Result<Self, NetworkError> {
+    pub(crate) fn join(path: &Path, devices: usize) -> Result<Self, NetworkError> {
         let mut wiring = Self {
             undo: Undo::Namespace {
                 namespace: Namespace::open(path)?,
@@ -298,6 +298,14 @@ fn give_back(links: &[u32]) -> Result<(), NetworkError> {
         redirect::undo(&mut netlink, *link).map_err(NetworkError::kernel(action))?;
     }
     Ok(())
+}
+
+/// How many interfaces the process's own namespace has.
+pub(crate) fn interfaces_here() -> Result<usize, NetworkError> {
+    let action = "reading the links of the network namespace";
+    let mut netlink = Netlink::open().map_err(NetworkError::kernel(action))?;
+    let scanned = scan::scan(&mut netlink).map_err(NetworkError::kernel(action))?;
+    Ok(scanned.links.len())
 }
 
 /// Takes back what a container had whose monitor could not.
