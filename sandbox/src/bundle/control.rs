@@ -159,7 +159,7 @@ impl Bundles {
             run: Some(RunInfo::of_this_process()?),
             exit: None,
             cgroups: Vec::new(),
-            network: NetworkMode::None,
+            network: crate::network::NetworkMode::None,
             poststop_done: false,
         };
         home.write_config(&config)?;

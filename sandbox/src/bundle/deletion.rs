@@ -242,6 +242,7 @@ mod tests {
             run: Some(run),
             exit: None,
             cgroups: vec![world.cgroup.clone()],
+            network: crate::network::NetworkMode::None,
             poststop_done: false,
         })
         .unwrap();
