@@ -515,9 +515,11 @@ fn container_ref(record: &BundleRecord) -> ContainerRef {
 pub(super) fn run_poststop(spec: &Spec, state: &BundleState) {
     let mut state = state.clone();
     state.pid = 0;
-    let hooks = hooks_of(spec, "poststop");
-    if let Err(error) = hooks::run("poststop", hooks, &state, BundleStatus::Stopped, None) {
-        tracing::warn!(id = state.id, %error, "a hook failed");
+    for hook in hooks_of(spec, "poststop").into_iter().flatten() {
+        let hooks = vec![hook.clone()];
+        if let Err(error) = hooks::run("poststop", Some(&hooks), &state, BundleStatus::Stopped, None) {
+            tracing::warn!(id = state.id, %error, "a hook failed");
+        }
     }
 }
 
