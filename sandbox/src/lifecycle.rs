@@ -106,6 +106,8 @@ pub(crate) struct Shape {
     pub(crate) shares: Vec<OpenShare>,
     /// Network devices, to be connected later.
     pub(crate) net: usize,
+    /// Further words for its kernel.
+    pub(crate) kernel_params: Vec<String>,
 }
 
 /// A microVM that runs, and the stream on which its agent will say that it is ready.
@@ -123,11 +125,12 @@ pub(crate) fn boot(
         CMDLINE_SILENT
     };
     let kernel = File::open(&components.kernel).map_err(SandboxError::io("opening", &components.kernel))?;
+    let words: Vec<&str> = shape.kernel_params.iter().map(String::as_str).collect();
     let parts = VmParts {
         vcpus: shape.vcpus,
         memory_mib: shape.memory_mib,
         kernel,
-        cmdline: format!("{CMDLINE} {verbosity}"),
+        cmdline: [&[CMDLINE, verbosity], words.as_slice()].concat().join(" "),
         disks: shape.disks,
         shares: shape.shares,
         vsock,
@@ -178,6 +181,7 @@ impl MicroVm {
             disks,
             shares,
             net: record.spec.network.devices(),
+            kernel_params: Vec::new(),
         };
         let ready = boot(sockets.listen_vsock()?, &mut vmm, components, shape)?;
         timing.vm_setup_us = microseconds(stopwatch.lap());

@@ -131,6 +131,7 @@ fn launch(
         shares,
         // Who fills the namespace later, as Docker does, finds one to fill.
         net: interfaces_here().map_err(SandboxError::from)?.max(1),
+        kernel_params: std::mem::take(&mut translated.kernel_params),
     };
     let devices = shape.net;
     // Not before: a child inherits what is blocked. Until now a signal ends this process, and the creation with it.
