@@ -83,7 +83,9 @@ fn forced_delete_ends_what_runs_is_paused_or_can_not_be_read() {
     for id in ["running", "paused", "damaged", "never-there"] {
         hull.ok(&["delete", "--force", id]);
     }
-    pids.into_iter().for_each(|pid| drop(reap(pid)));
+    for pid in pids {
+        reap(pid);
+    }
     let gone = eventually(PATIENCE, || hull.leftovers().is_empty());
     assert!(gone, "{:?}", hull.leftovers());
 }

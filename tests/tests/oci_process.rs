@@ -160,7 +160,7 @@ fn with_console(hull: &Runtime, id: &str, arguments: &[&str]) -> File {
 #[test]
 fn terminal_goes_to_the_console_socket_and_is_one() {
     let Some(hull) = hull_oci() else { return };
-    let script = "trap 'stty size' WINCH; echo size $(stty size); while read line; do echo said $line; done";
+    let script = "trap 'stty size' WINCH; echo size $(stty size); while :; do read line && echo said $line; [ x$line != xquit ] || exit 0; done";
     let bundle = OciBundle::script(script);
     bundle.configure(|config| config["process"]["terminal"] = json!(true));
     let mut master = with_console(&hull, "tty", &["create", "--bundle", bundle.text(), "tty"]);
@@ -172,7 +172,6 @@ fn terminal_goes_to_the_console_socket_and_is_one() {
     let seen = expect(&mut master, "said hello\r\n");
     assert_eq!(seen.matches("hello").count(), 2, "{seen:?}");
     resize(&master, 50, 60);
-    master.write_all(b"\n").expect("it reads");
     expect(&mut master, "50 60");
     // Its keys are its own.
     let mut exec = with_console(
@@ -189,7 +188,7 @@ fn terminal_goes_to_the_console_socket_and_is_one() {
         ],
     );
     exec.write_all(b"\x03").expect("it reads");
-    master.write_all(b"\x04").expect("it reads");
+    master.write_all(b"quit\n").expect("it reads");
     hull.expect_stopped("tty");
     hull.ok(&["delete", "tty"]);
     assert_eq!(hull.leftovers(), Vec::<String>::new());
@@ -217,7 +216,9 @@ fn exec_is_what_it_is_asked_to_be() {
     let exec = |arguments: &[&str]| {
         let mut all = vec!["exec"];
         all.extend(arguments);
-        hull.run(&all)
+        let outcome = hull.run(&all);
+        assert_eq!(outcome.stderr, "", "{arguments:?}");
+        outcome
     };
     assert_eq!(exec(&["--user", "7:8", "web", "id", "-u"]).text(), "7");
     assert_eq!(exec(&["--user", "7:8", "web", "id", "-g"]).text(), "8");

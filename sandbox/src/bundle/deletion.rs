@@ -124,9 +124,16 @@ impl Bundles {
     fn delete_unfinished(&self, id: &str, force: bool) -> Result<()> {
         let missing = if force { Ok(()) } else { Err(BundleError::NotExist) };
         match self.homes.lock(id, KILL_PATIENCE)? {
-            Some(home) => home.remove().and(missing),
+            Some(home) => {
+                self.homes.free_jail_uids_of(id);
+                home.remove().and(missing)
+            }
             None if self.homes.path(id).exists() => Err(BundleError::Busy { id: id.to_owned() }),
-            None => missing,
+            None => {
+                // Its creator was killed between the two.
+                self.homes.free_jail_uids_of(id);
+                missing
+            }
         }
     }
 

@@ -139,6 +139,7 @@ impl Homes {
                     return Err(BundleError::Exists);
                 }
                 home.empty()?;
+                self.free_jail_uids_of(id);
                 return Ok(home);
             }
             Err(error) => return Err(SandboxError::io("creating the directory", path)(error).into()),
@@ -229,6 +230,16 @@ impl Homes {
         let gone = fs::read_link(link).is_ok_and(|id| !self.root.join(id).exists());
         if gone {
             drop(fs::remove_file(link));
+        }
+    }
+
+    /// Frees the user ids of a container that has no record which says them.
+    pub(super) fn free_jail_uids_of(&self, id: &str) {
+        let entries = fs::read_dir(self.root.join(UIDS_DIR)).into_iter().flatten();
+        for link in entries.flatten().map(|entry| entry.path()) {
+            if fs::read_link(&link).is_ok_and(|target| target == Path::new(id)) {
+                drop(fs::remove_file(link));
+            }
         }
     }
 
