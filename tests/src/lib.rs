@@ -5,6 +5,8 @@
 
 pub mod containerd;
 pub mod cri;
+pub mod docker;
+pub mod enclosure;
 pub mod footprint;
 pub mod hull;
 pub mod initramfs;
@@ -14,6 +16,7 @@ pub mod netns;
 pub mod oci;
 pub mod oci_guest;
 pub mod outer_vm;
+pub mod podman;
 pub mod pty;
 pub mod registry;
 pub mod relay;
