@@ -109,6 +109,7 @@ fn run(
     };
     fds::close_all_but(keep).map_err(|error| failed(&error))?;
     signals::ignore_write_signals().map_err(|error| failed(&error))?;
+    signals::block_none().map_err(|error| failed(&error))?;
     log::init();
     let source = open(mode)?;
     let host = KvmHost::open().map_err(|error| failed(&error))?;
