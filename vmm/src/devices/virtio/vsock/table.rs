@@ -9,8 +9,9 @@ use std::time::Instant;
 
 use super::connection::Connection;
 
-/// The most sockets a device has open, greetings and draining ones included.
-pub const MAX_ENTRIES: usize = 256;
+/// The most sockets a device has open, greetings and draining ones included: a process in a container takes up to four, and
+/// hundreds may run at once.
+pub const MAX_ENTRIES: usize = 1024;
 
 /// Names an entry of the table, also as epoll data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -656,6 +656,10 @@ fn unusable_receive_buffers_are_skipped() {
 
 #[test]
 fn the_table_of_connections_is_bounded() {
+    // Both ends of each are this process's.
+    let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    limit.current = limit.maximum;
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
     let mut guest = Guest::ready(vec![]);
     let hosts: Vec<UnixStream> = (0..MAX_ENTRIES + 20)
         .map(|_| {
