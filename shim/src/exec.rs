@@ -43,6 +43,8 @@ pub struct Exec {
     pub process: Process,
     pub names: StreamNames,
     pub phase: ExecPhase,
+    /// What the guest calls it, which is never used again: containerd's name may be.
+    pub guest_name: String,
     spec: ProcessSpec,
 }
 
@@ -77,11 +79,12 @@ impl ExitSource for Source {
 }
 
 impl Exec {
-    pub fn new(spec: ProcessSpec, names: StreamNames) -> Self {
+    pub fn new(guest_name: String, spec: ProcessSpec, names: StreamNames) -> Self {
         Self {
             process: Process::new(0, KeptEnds::default()),
             names,
             phase: ExecPhase::New,
+            guest_name,
             spec,
         }
     }
@@ -95,8 +98,8 @@ impl Exec {
         }
     }
 
-    /// Marks it as being started; what it takes.
-    pub fn begin_start(&mut self, exec_id: &str) -> Result<(ProcessSpec, StreamNames)> {
+    /// Marks it as being started; its name in the guest and what it takes.
+    pub fn begin_start(&mut self, exec_id: &str) -> Result<(String, ProcessSpec, StreamNames)> {
         if !matches!(self.phase, ExecPhase::New) {
             return Err(ShimError::WrongState {
                 what: format!("exec {exec_id:?}"),
@@ -105,7 +108,7 @@ impl Exec {
             });
         }
         self.phase = ExecPhase::Starting;
-        Ok((self.spec.clone(), self.names.clone()))
+        Ok((self.guest_name.clone(), self.spec.clone(), self.names.clone()))
     }
 
     /// Starts the thread of a process that runs.
@@ -132,7 +135,7 @@ impl Exec {
             .map_err(ShimError::system("starting a thread"))?;
         self.process.pid = pid;
         self.process.status = Status::Running;
-        self.process.kept = kept;
+        self.process.keep(kept);
         self.phase = ExecPhase::Started {
             stop: Some(stop.into()),
             done,
@@ -182,7 +185,7 @@ mod tests {
     #[test]
     fn exec_is_started_once_and_told_to_have_ended() {
         let spec = ProcessSpec::default();
-        let mut exec = Exec::new(spec, StreamNames::default());
+        let mut exec = Exec::new("e.1".into(), spec, StreamNames::default());
         assert!(!exec.is_running());
         exec.begin_start("e").unwrap();
         assert!(exec.is_running() && exec.begin_start("e").is_err());

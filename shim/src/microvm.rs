@@ -182,8 +182,7 @@ impl MicroVm {
         Ok(self.bundles.resume(&self.id)?)
     }
 
-    pub fn resize(&self, exec_id: &str, rows: u16, columns: u16) -> Result<()> {
-        let exec_id = (!exec_id.is_empty()).then_some(exec_id);
+    pub fn resize(&self, exec_id: Option<&str>, rows: u16, columns: u16) -> Result<()> {
         Ok(self.bundles.resize(&self.id, exec_id, (rows, columns))?)
     }
 

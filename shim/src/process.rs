@@ -78,7 +78,9 @@ pub struct Process {
     /// On the host; zero until there is one.
     pub pid: u32,
     pub exit: Option<Exit>,
-    pub kept: KeptEnds,
+    kept: KeptEnds,
+    /// `CloseIO` was called, maybe before there was anything to close.
+    input_closed: bool,
     waiters: Vec<Waiter>,
 }
 
@@ -89,6 +91,7 @@ impl Process {
             pid,
             exit: None,
             kept,
+            input_closed: false,
             waiters: Vec::new(),
         }
     }
@@ -103,6 +106,20 @@ impl Process {
             status: self.status.as_str(),
             refused,
         })
+    }
+
+    /// Holds these for it from now on.
+    pub fn keep(&mut self, mut kept: KeptEnds) {
+        if self.input_closed {
+            kept.close_input();
+        }
+        self.kept = kept;
+    }
+
+    /// Its input ends when its writers have gone.
+    pub fn close_input(&mut self) {
+        self.input_closed = true;
+        self.kept.close_input();
     }
 
     /// Tells now, or when it has ended.

@@ -62,6 +62,8 @@ pub struct Task {
 pub struct State {
     pub init: Process,
     pub execs: BTreeMap<String, Exec>,
+    /// How many there have been.
+    exec_count: u64,
 }
 
 impl State {
@@ -71,6 +73,11 @@ impl State {
             return Ok(&mut self.init);
         }
         self.exec(id, exec_id).map(|exec| &mut exec.process)
+    }
+
+    /// What the guest calls an exec; nothing for the container's first process.
+    fn guest_name(&self, exec_id: &str) -> Option<String> {
+        self.execs.get(exec_id).map(|exec| exec.guest_name.clone())
     }
 
     pub fn exec(&mut self, id: &str, exec_id: &str) -> Result<&mut Exec> {
@@ -104,6 +111,7 @@ impl Task {
             state: Mutex::new(State {
                 init: new.init,
                 execs: BTreeMap::new(),
+                exec_count: 0,
             }),
             exec_ended: Condvar::new(),
             publisher,
@@ -228,7 +236,10 @@ impl Task {
         state
             .init
             .expect(Status::Running, &self.what(), "nothing can be executed in it")?;
-        state.execs.insert(exec_id.to_owned(), Exec::new(spec, names));
+        state.exec_count += 1;
+        let guest_name = format!("{exec_id}.{}", state.exec_count);
+        let exec = Exec::new(guest_name, spec, names);
+        state.execs.insert(exec_id.to_owned(), exec);
         self.publish(
             topics::TASK_EXEC_ADDED_EVENT_TOPIC,
             &TaskExecAdded {
@@ -243,7 +254,7 @@ impl Task {
     /// Starts a remembered process; its pid, which is that of the container.
     pub fn start_exec(self: &Arc<Self>, exec_id: &str) -> Result<u32> {
         let microvm = self.microvm("a pod's sandbox runs no programs")?;
-        let (spec, names) = {
+        let (guest_name, spec, names) = {
             let mut state = self.state();
             state
                 .init
@@ -253,7 +264,7 @@ impl Task {
         // Without the lock: many may be started at once, and the guest takes its time.
         let started = names
             .open((&self.id, &self.namespace))
-            .and_then(|streams| microvm.exec(exec_id, &spec, streams));
+            .and_then(|streams| microvm.exec(&guest_name, &spec, streams));
         let mut state = self.state();
         let ended = state.init.status == Status::Stopped;
         let pid = state.init.pid;
@@ -348,7 +359,7 @@ impl Task {
 
     /// Sends a signal to a process, or to all of the container.
     pub fn kill(&self, exec_id: &str, signal: u32, all: bool) -> Result<()> {
-        {
+        let guest_name = {
             let mut state = self.state();
             let process = state.process(&self.id, exec_id)?;
             if process.status == Status::Stopped {
@@ -361,10 +372,13 @@ impl Task {
                     refused: "there is no process yet",
                 });
             }
-        }
+            state.guest_name(exec_id)
+        };
         match &self.body {
-            Body::MicroVm(microvm) if exec_id.is_empty() => microvm.signal(signal, all),
-            Body::MicroVm(microvm) => microvm.signal_exec(exec_id, signal),
+            Body::MicroVm(microvm) => match guest_name {
+                None => microvm.signal(signal, all),
+                Some(name) => microvm.signal_exec(&name, signal),
+            },
             Body::Pod(child) => signal_child(child, signal),
         }
     }
@@ -407,7 +421,7 @@ impl Task {
 
     /// Gives the terminal of a process another size.
     pub fn resize(&self, exec_id: &str, rows: u16, columns: u16) -> Result<()> {
-        {
+        let guest_name = {
             let mut state = self.state();
             let names = match exec_id {
                 "" => &self.names,
@@ -423,14 +437,15 @@ impl Task {
             if process.status == Status::Stopped {
                 return Err(ShimError::Finished);
             }
-        }
+            state.guest_name(exec_id)
+        };
         self.microvm("a pod's sandbox has no terminal")?
-            .resize(exec_id, rows, columns)
+            .resize(guest_name.as_deref(), rows, columns)
     }
 
     /// The process's input ends when its writers have gone.
     pub fn close_input(&self, exec_id: &str) -> Result<()> {
-        self.state().process(&self.id, exec_id)?.kept.close_input();
+        self.state().process(&self.id, exec_id)?.close_input();
         Ok(())
     }
 
