@@ -323,6 +323,25 @@ impl Containerd {
         })
     }
 
+    /// Delete a task that has stopped; its exit code, which `ctr` says in words.
+    ///
+    /// # Panics
+    /// It can't be deleted.
+    pub fn delete_task(&self, id: &str) -> i32 {
+        let outcome = self.try_ctr(&["tasks", "delete", id]);
+        let words = outcome.stderr.split_once("exit code ").map(|(_, rest)| rest);
+        let code = words.and_then(|rest| {
+            let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+            digits.parse().ok()
+        });
+        assert!(
+            outcome.status.success() || code.is_some(),
+            "{outcome:?}\n{}",
+            self.log()
+        );
+        code.unwrap_or(0)
+    }
+
     /// Kill a task, wait for its end, and remove it and its container.
     pub fn remove(&self, id: &str) {
         self.try_ctr(&["tasks", "kill", "--all", "--signal", "SIGKILL", id]);

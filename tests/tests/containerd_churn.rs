@@ -118,3 +118,30 @@ fn hundred_processes_at_once_in_one_container() {
     world.remove("c1");
     assert_eq!(world.settle(&["c1"]), Vec::<String>::new());
 }
+
+#[test]
+fn input_that_ends_before_the_process_runs_ends() {
+    let Some(world) = Containerd::with_images(&["busybox"]) else {
+        return;
+    };
+    world.run_detached(HULL, "busybox", "c1", &["sleep", "1000"]);
+    // The same name again and again: containerd may use it again once the process is deleted.
+    for round in 0..5 {
+        let mut command = world.ctr_command(&["tasks", "exec", "--exec-id", "e", "c1", "cat"]);
+        let mut child = command
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .expect("ctr is installed");
+        let mut stdin = child.stdin.take().expect("piped");
+        std::io::Write::write_all(&mut stdin, b"word\n").expect("ctr reads it");
+        drop(stdin);
+        let outcome = hull_tests::hull::finish_within(child, std::time::Duration::from_secs(120));
+        assert_eq!(
+            (outcome.code(), outcome.text().as_str()),
+            (0, "word"),
+            "round {round}"
+        );
+    }
+    world.remove("c1");
+    assert_eq!(world.settle(&["c1"]), Vec::<String>::new());
+}

@@ -22,8 +22,7 @@ fn status_of(world: &Containerd, id: &str) -> String {
 fn is_reported(world: &Containerd, id: &str) {
     let stopped = eventually(PATIENCE, || status_of(world, id) == "STOPPED");
     assert!(stopped, "{} {}", status_of(world, id), world.log());
-    let deleted = world.try_ctr(&["tasks", "delete", id]);
-    assert_eq!(deleted.status.code(), Some(137), "{deleted:?}");
+    assert_eq!(world.delete_task(id), 137);
     world.ctr(&["containers", "delete", id]);
     assert_eq!(world.settle(&[id]), Vec::<String>::new());
 }
@@ -55,7 +54,7 @@ fn containerd_comes_back_to_containers_that_ran_on() {
     world.restart(Signal::SIGKILL);
     let stopped = eventually(PATIENCE, || status_of(&world, "c2") == "STOPPED");
     assert!(stopped, "{}", world.log());
-    assert_eq!(world.try_ctr(&["tasks", "delete", "c2"]).status.code(), Some(5));
+    assert_eq!(world.delete_task("c2"), 5);
     world.ctr(&["containers", "delete", "c2"]);
     world.remove("c1");
     assert_eq!(world.settle(&["c1", "c2"]), Vec::<String>::new());
