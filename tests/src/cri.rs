@@ -19,7 +19,7 @@ use crate::containerd::{Containerd, Options, Programs, reference};
 use crate::hull::finish_within;
 
 pub use messages::cri::{
-    ContainerConfig, ContainerMetadata, ContainerRequest, ContainerStatsResponse, ContainerStatus,
+    ContainerConfig, ContainerMetadata, ContainerRequest, ContainerSecurity, ContainerStatsResponse, ContainerStatus,
     ContainerStatusResponse, CreateContainerRequest, CreateContainerResponse, Empty, ExecSyncRequest,
     ExecSyncResponse, ImageSpec, KeyValue, LinuxContainer, LinuxPod, LinuxResources, Mount, NamespaceOptions,
     PodConfig, PodMetadata, PodRequest, PodSecurity, PodStatusResponse, RunPodRequest, RunPodResponse,
@@ -30,6 +30,8 @@ const TIMEOUT: Duration = Duration::from_secs(180);
 /// The handlers' names in the configuration.
 pub const HULL: &str = "hull";
 pub const RUNC: &str = "runc";
+/// A namespace of the container's own; zero would be the pod's.
+const OF_THE_CONTAINER: i32 = 1;
 /// Where the distribution has the network plugins.
 const PLUGINS: &str = "/usr/lib/cni";
 
@@ -190,6 +192,17 @@ impl Cri {
             }),
             command: command.iter().map(|word| (*word).to_owned()).collect(),
             log_path: format!("{name}.log"),
+            linux: MessageField::some(LinuxContainer {
+                security_context: MessageField::some(ContainerSecurity {
+                    // As kubelet has it, unless the pod asks to share its processes.
+                    namespace_options: MessageField::some(NamespaceOptions {
+                        pid: OF_THE_CONTAINER,
+                        ..NamespaceOptions::default()
+                    }),
+                    ..ContainerSecurity::default()
+                }),
+                ..LinuxContainer::default()
+            }),
             ..ContainerConfig::default()
         }
     }

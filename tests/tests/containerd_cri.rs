@@ -183,3 +183,21 @@ fn pod_whose_shim_is_killed_is_not_ready_and_can_be_removed() {
     cri.remove_pod(&pod_id);
     assert_eq!(cri.containerd.settle(&[&pod_id]), Vec::<String>::new());
 }
+
+#[test]
+fn processes_that_a_pod_wants_to_share_are_refused_by_name() {
+    let Some(cri) = Cri::with_images(&["busybox"]) else {
+        return;
+    };
+    let pod = cri.pod("sharing");
+    let pod_id = cri.run_pod(HULL, &pod);
+    let mut container = Cri::container("main", "busybox", &["sleep", "1000"]);
+    container.linux = None.into();
+    let id = cri.create(&pod_id, &pod, container);
+    let refused = cri
+        .call::<hull_tests::cri::Empty>("StartContainer", &Cri::container_request(&id))
+        .expect_err("it can't be started");
+    assert!(refused.message.contains("linux.namespaces: pid"), "{refused:?}");
+    cri.remove_pod(&pod_id);
+    assert_eq!(cri.containerd.settle(&[&pod_id, &id]), Vec::<String>::new());
+}
