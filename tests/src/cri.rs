@@ -19,10 +19,11 @@ use crate::containerd::{Containerd, Options, Programs, reference};
 use crate::hull::finish_within;
 
 pub use messages::cri::{
-    ContainerConfig, ContainerMetadata, ContainerRequest, ContainerSecurity, ContainerStatsResponse, ContainerStatus,
-    ContainerStatusResponse, CreateContainerRequest, CreateContainerResponse, Empty, ExecSyncRequest,
-    ExecSyncResponse, ImageSpec, KeyValue, LinuxContainer, LinuxPod, LinuxResources, Mount, NamespaceOptions,
-    PodConfig, PodMetadata, PodRequest, PodSecurity, PodStatusResponse, RunPodRequest, RunPodResponse,
+    ContainerConfig, ContainerMetadata, ContainerRequest, ContainerSecurity, ContainerStatsResponse,
+    ContainerStatus, ContainerStatusResponse, CreateContainerRequest, CreateContainerResponse, Empty,
+    ExecSyncRequest, ExecSyncResponse, ImageSpec, KeyValue, LinuxContainer, LinuxPod, LinuxResources, Mount,
+    NamespaceOptions, PodConfig, PodMetadata, PodRequest, PodSecurity, PodStatusResponse, RunPodRequest,
+    RunPodResponse,
 };
 
 /// One call; a pod's may set up networks.

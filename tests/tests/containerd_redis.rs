@@ -29,7 +29,11 @@ fn conversation(world: &Containerd, runtime: &str, id: &str) -> Vec<String> {
     let mut record = vec![
         ask(&["SET", "answer", "42"]),
         ask(&["GET", "answer"]),
-        ask(&["EVAL", "for i=1,1000 do redis.call('RPUSH','l',i) end return redis.call('LLEN','l')", "0"]),
+        ask(&[
+            "EVAL",
+            "for i=1,1000 do redis.call('RPUSH','l',i) end return redis.call('LLEN','l')",
+            "0",
+        ]),
         ask(&["LRANGE", "l", "-3", "-1"]),
         ask(&["GET", "nothing"]),
     ];

@@ -97,6 +97,7 @@ fn fetch(suite: &str, home: &Path) -> Result<(), String> {
     let (address, keyring) = archive().ok_or("the machine's package sources name no archive")?;
     let source = format!("deb [signed-by={keyring}] {address} {suite} main\n");
     fs::write(path("suite.list"), source).map_err(text)?;
+    File::create(path("status")).map_err(text)?;
     let apt = |arguments: &[&str]| -> Result<(), String> {
         let option = |name: &str, value: PathBuf| format!("{name}={}", value.display());
         let mut command = Command::new("apt-get");
@@ -104,6 +105,8 @@ fn fetch(suite: &str, home: &Path) -> Result<(), String> {
             option("Dir::Etc::sourcelist", path("suite.list")),
             "Dir::Etc::sourceparts=/dev/null".to_owned(),
             option("Dir::State::lists", path("lists")),
+            // Nothing is installed, or apt would want the version that is.
+            option("Dir::State::status", path("status")),
             option("Dir::Cache", path("cache")),
             "APT::Sandbox::User=root".to_owned(),
         ] {
