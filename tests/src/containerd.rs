@@ -402,7 +402,7 @@ impl Containerd {
             let text = fs::read_to_string(table).unwrap_or_default();
             let ours = text
                 .lines()
-                .filter(|line| line.contains(&marker) && !is_sandbox_shm(line));
+                .filter(|line| line.contains(&marker) && !is_containerds(line));
             found.extend(ours.map(|line| format!("mount {line}")));
         }
         for task_folder in [
@@ -454,9 +454,11 @@ pub fn reference(image: &str) -> String {
     format!("docker.io/library/{image}:latest")
 }
 
-/// The daemon's CRI keeps these until the pod goes.
-fn is_sandbox_shm(line: &str) -> bool {
-    line.contains("/sandboxes/") && line.contains("/shm ")
+/// Mounts the daemon itself makes and keeps: a pod's shared memory until the pod goes, and layers of a snapshotter.
+fn is_containerds(line: &str) -> bool {
+    (line.contains("/sandboxes/") && line.contains("/shm "))
+        || line.contains("/io.containerd.snapshotter.v1.")
+            && !line.contains("/io.containerd.runtime.v2.task/")
 }
 
 /// A world that ends leaves nothing on the machine, whatever its test did.
