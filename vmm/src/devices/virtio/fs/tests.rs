@@ -298,7 +298,7 @@ fn a_device_can_be_dropped_and_reset_at_any_time() {
         driver.restart();
     }
     // Nothing is remembered of the mount before.
-    assert_eq!(look_up(&mut driver, 2, b"file\0").is_ok(), true);
+    assert!(look_up(&mut driver, 2, b"file\0").is_ok());
     mount(&mut driver);
 }
 

@@ -3,6 +3,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::{fs, path::PathBuf};
 
 use fuse_backend_rs::abi::fuse_abi::CreateIn;
+use fuse_backend_rs::api::filesystem::{FileSystem, GetxattrReply, ListxattrReply, SetattrValid};
 
 use super::*;
 use crate::devices::virtio::fs::tests::{World, open_path};
@@ -32,10 +33,14 @@ struct Shared {
 
 impl Shared {
     fn new(surroundings: Surroundings) -> Self {
+        Self::with(surroundings, false)
+    }
+
+    fn with(surroundings: Surroundings, exclusive: bool) -> Self {
         let world = World::new();
         let share = Share {
             root: world.root(),
-            exclusive: false,
+            exclusive,
         };
         let fs = Passthrough::new(vec![share], surroundings, Arc::default()).unwrap();
         let context = Context::new();
@@ -135,8 +140,21 @@ fn forgotten_inodes_are_gone_and_their_directories_after_them() {
 }
 
 #[test]
-fn what_was_replaced_behind_the_guests_back_is_stale() {
+fn what_was_looked_up_is_held_for_a_moment_while_others_replace_it() {
     let shared = Shared::new(small());
+    let file = shared.look_up(shared.root, "file").unwrap().inode;
+    fs::write(shared.path("new"), "another").unwrap();
+    fs::rename(shared.path("new"), shared.path("file")).unwrap();
+    let (stat, _) = shared.fs.getattr(&shared.context, file, None).unwrap();
+    assert_eq!((stat.st_nlink, stat.st_size), (0, 5));
+    let now = shared.look_up(shared.root, "file").unwrap();
+    assert!(now.inode != file && now.attr.st_size == 7);
+}
+
+#[test]
+fn what_was_replaced_behind_the_guests_back_is_stale() {
+    // Nothing is held of a share that is the guest's alone.
+    let shared = Shared::with(small(), true);
     fs::create_dir(shared.path("moved")).unwrap();
     fs::write(shared.path("moved/x"), "x").unwrap();
     let moved = shared.look_up(shared.root, "moved").unwrap().inode;
