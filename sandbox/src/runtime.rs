@@ -6,6 +6,7 @@ use std::{
     io,
     os::unix::net::UnixStream,
     path::PathBuf,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -28,6 +29,8 @@ use crate::{
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 /// How long another command may hold a container's lock for what it does.
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+/// How often a container that is just ending is looked at.
+const ENDING_INTERVAL: Duration = Duration::from_millis(5);
 const SIGTERM: i32 = 15;
 const SIGKILL: i32 = 9;
 
@@ -283,13 +286,20 @@ impl Runtime {
     ///
     /// Its record can't be read.
     pub fn wait(&self, record: &ContainerRecord) -> Result<ContainerExit> {
-        if let Some(mut monitor) = self.monitor(record)?
-            && monitor.send(&Request::Wait, &[])
-            && let Some(report) = monitor.wait_exit()?
-        {
-            return Ok(report.into());
+        loop {
+            if let Some(mut monitor) = self.monitor(record)?
+                && monitor.send(&Request::Wait, &[])
+                && let Some(report) = monitor.wait_exit()?
+            {
+                return Ok(report.into());
+            }
+            let now = self.current(&record.id)?;
+            if !now.is_some_and(|now| now.status.is_live()) {
+                return self.last_exit(&record.id);
+            }
+            // Its monitor takes no more clients, and has not recorded the end yet.
+            thread::sleep(ENDING_INTERVAL);
         }
-        self.last_exit(&record.id)
     }
 
     /// Removes a container.
