@@ -193,10 +193,8 @@ fn control_groups_hold_and_bound_the_whole_microvm_and_go_with_it() {
 #[test]
 fn statistics_and_processes_are_those_of_the_guest() {
     let Some(hull) = hull_oci() else { return };
-    hull.start_new(
-        &OciBundle::script("sleep 1000 & echo ready; exec sleep 2000"),
-        "web",
-    );
+    let bundle = OciBundle::script("sleep 1000 & echo ready; exec sleep 2000");
+    hull.start_new(&bundle, "web");
     hull.expect_output("web", "ready");
     let table = hull.ok(&["ps", "web"]);
     assert!(

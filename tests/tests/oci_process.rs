@@ -21,7 +21,8 @@ const WAITS: &str =
 #[test]
 fn process_of_the_pid_file_takes_signals_and_ends_as_the_container_does() {
     let Some(hull) = hull_oci() else { return };
-    let pid = hull.start_new(&OciBundle::script(WAITS), "web");
+    let bundle = OciBundle::script(WAITS);
+    let pid = hull.start_new(&bundle, "web");
     hull.expect_output("web", "ready");
     kill(Pid::from_raw(pid), Signal::SIGUSR1).expect("it is there");
     hull.expect_output("web", "usr");
@@ -31,13 +32,15 @@ fn process_of_the_pid_file_takes_signals_and_ends_as_the_container_does() {
     assert_eq!(hull.status("web"), "stopped");
     hull.ok(&["delete", "web"]);
     // Ended by a signal that nobody caught.
-    let pid = hull.start_new(&OciBundle::script("echo ready; exec sleep 1000"), "web");
+    let bundle = OciBundle::script("echo ready; exec sleep 1000");
+    let pid = hull.start_new(&bundle, "web");
     hull.expect_output("web", "ready");
     hull.ok(&["kill", "web", "SIGKILL"]);
     assert_eq!(reap(pid).signal(), Some(9));
     hull.ok(&["delete", "web"]);
     // Who kills the process ends the container.
-    let pid = hull.start_new(&OciBundle::script(WAITS), "web");
+    let bundle = OciBundle::script(WAITS);
+    let pid = hull.start_new(&bundle, "web");
     hull.expect_output("web", "ready");
     kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it is there");
     assert_eq!(reap(pid).signal(), Some(9));
@@ -50,7 +53,8 @@ fn process_of_the_pid_file_takes_signals_and_ends_as_the_container_does() {
 fn real_time_signal_reaches_the_container() {
     let Some(hull) = hull_oci() else { return };
     let script = "trap 'echo real; exit 0' 37; echo ready; while :; do sleep 0.1; done";
-    let pid = hull.start_new(&OciBundle::script(script), "web");
+    let bundle = OciBundle::script(script);
+    let pid = hull.start_new(&bundle, "web");
     hull.expect_output("web", "ready");
     hull.ok(&["kill", "web", "RTMIN+3"]);
     assert_eq!(reap(pid).code(), Some(0));
@@ -211,7 +215,8 @@ fn closed_terminal_hangs_up() {
 #[test]
 fn exec_is_what_it_is_asked_to_be() {
     let Some(hull) = hull_oci() else { return };
-    hull.start_new(&OciBundle::script(WAITS), "web");
+    let bundle = OciBundle::script(WAITS);
+    hull.start_new(&bundle, "web");
     hull.expect_output("web", "ready");
     let exec = |arguments: &[&str]| {
         let mut all = vec!["exec"];
@@ -255,7 +260,8 @@ fn exec_is_what_it_is_asked_to_be() {
 #[test]
 fn detached_exec_has_a_process_that_ends_as_it_does() {
     let Some(hull) = hull_oci() else { return };
-    hull.start_new(&OciBundle::script(WAITS), "web");
+    let bundle = OciBundle::script(WAITS);
+    hull.start_new(&bundle, "web");
     hull.expect_output("web", "ready");
     let file = hull.dir().join("exec.pid");
     let start = |script: &str| {
@@ -296,7 +302,8 @@ fn detached_exec_has_a_process_that_ends_as_it_does() {
 #[test]
 fn many_execs_at_once_each_get_their_own() {
     let Some(hull) = hull_oci() else { return };
-    hull.start_new(&OciBundle::script(WAITS), "web");
+    let bundle = OciBundle::script(WAITS);
+    hull.start_new(&bundle, "web");
     hull.expect_output("web", "ready");
     std::thread::scope(|scope| {
         for number in 0..32 {

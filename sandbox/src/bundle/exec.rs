@@ -45,7 +45,7 @@ use crate::{
 };
 
 /// After the process has exited, how long others that hold its output may still add to it.
-const OUTPUT_PATIENCE: Duration = Duration::from_millis(500);
+const OUTPUT_PATIENCE: Duration = Duration::from_secs(2);
 /// Longest request; what the agent takes is shorter.
 const MAX_REQUEST_BYTES: u64 = 8 << 20;
 
