@@ -6,6 +6,7 @@ use std::{fs, os::fd::AsFd as _, path::Path};
 use nix::{
     errno::Errno,
     mount::{MsFlags, mount},
+    sys::resource::{Resource, setrlimit},
     time::{ClockId, clock_gettime, clock_settime},
 };
 
@@ -28,6 +29,8 @@ const MOUNTS: [(&str, &str, &str, MsFlags, &str); 6] = [
 const NO_EXEC: MsFlags = MsFlags::MS_NOSUID
     .union(MsFlags::MS_NODEV)
     .union(MsFlags::MS_NOEXEC);
+/// What the agent may have open; a process gets the usual limit (`process::credentials`).
+const OPEN_FILES: u64 = 16_384;
 const NO_DEV: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV);
 
 /// Prepares the microVM. A step that fails is logged and not fatal: what it was for will fail with a clear
@@ -36,6 +39,10 @@ pub fn prepare() {
     // A process that is being made has this one's memory; see `process::child`.
     if let Err(errno) = nix::sys::prctl::set_dumpable(false) {
         log!("making the agent undumpable: {errno}");
+    }
+    // Three streams, a process and a connection each, for as many execs as the host may have at once.
+    if let Err(errno) = setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES) {
+        log!("raising the limit of open files: {errno}");
     }
     for (source, target, kind, flags, data) in MOUNTS {
         match mount(Some(source), target, Some(kind), flags, Some(data)) {

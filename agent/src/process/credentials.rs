@@ -43,6 +43,15 @@ pub struct Credentials {
     umask: Mode,
 }
 
+/// How many files a process may have open unless it says otherwise: the kernel's own defaults.
+const DEFAULT_OPEN_FILES: (u32, libc::rlimit) = (
+    libc::RLIMIT_NOFILE,
+    libc::rlimit {
+        rlim_cur: 1024,
+        rlim_max: 4096,
+    },
+);
+
 impl Credentials {
     /// What a process asks for, and who it turned out to be.
     pub fn new(process: &Process, identity: &Identity) -> Result<Self, Errno> {
@@ -57,7 +66,10 @@ impl Credentials {
         };
         Ok(Self {
             scheduling: Scheduling::new(process),
-            rlimits: process.rlimits.iter().map(rlimit).collect(),
+            // The agent's own is for the streams of hundreds of processes; the later of two counts.
+            rlimits: std::iter::once(DEFAULT_OPEN_FILES)
+                .chain(process.rlimits.iter().map(rlimit))
+                .collect(),
             oom_score_adj: process.oom_score_adj.map(|value| value.to_string().into_bytes()),
             seccomp: process
                 .seccomp_programs
