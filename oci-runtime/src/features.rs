@@ -67,8 +67,8 @@ fn features() -> Value {
             "runbindable", "rw", "shared", "silent", "slave", "strictatime", "suid", "sync", "unbindable",
         ],
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
-            "capabilities": CAPABILITIES.map(|name| format!("CAP_{name}")),
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
+            "capabilities": CAPABILITIES.map(|name| format!("CAP_{name}")).to_vec(),
             "cgroup": { "v1": true, "v2": true, "systemd": false, "systemdUser": false, "rdma": false },
             "seccomp": {
                 "enabled": true,

@@ -20,9 +20,10 @@ use vmm::{
 };
 
 type Outcome = Result<(), String>;
+type Probe = (&'static str, fn() -> Outcome);
 
 /// The probes by name.
-pub const PROBES: &[(&str, fn() -> Outcome)] = &[
+pub const PROBES: &[Probe] = &[
     (
         "shares_thread_has_only_its_capabilities",
         has_only_its_capabilities,
