@@ -279,12 +279,16 @@ impl OciBundle {
             status.is_ok_and(|status| status.success()),
             "umoci can't unpack {layout}"
         );
+        // Control groups are the whole host's: another runtime's container of the same id would be in the same one.
+        let unique = dir.path().file_name().unwrap_or_default().to_string_lossy();
+        let group = format!("/hull-tests-{}", unique.replace('.', ""));
         let bundle = Self { _dir: dir, path };
         bundle.configure(|config| {
             config["process"]["terminal"] = json!(false);
             config["root"]["readonly"] = json!(false);
             // A limit that the test's own process may not exceed.
             config["process"]["rlimits"] = json!([]);
+            config["linux"]["cgroupsPath"] = json!(group);
         });
         bundle
     }
@@ -297,6 +301,19 @@ impl OciBundle {
         let bundle = Self::of("busybox");
         bundle.configure(|config| config["process"]["args"] = json!(["/bin/sh", "-c", script]));
         bundle
+    }
+
+    /// The same for several containers at once, whose control groups have their ids, which must be unique.
+    #[must_use]
+    pub fn for_several(self) -> Self {
+        self.configure(|config| {
+            drop(
+                config["linux"]
+                    .as_object_mut()
+                    .map(|linux| linux.remove("cgroupsPath")),
+            )
+        });
+        self
     }
 
     /// Its folder.

@@ -69,18 +69,18 @@ fn create_killed_at_any_moment_is_cleaned_up_by_a_forced_delete() {
 #[test]
 fn forced_delete_ends_what_runs_is_paused_or_can_not_be_read() {
     let Some(hull) = hull_oci() else { return };
-    let bundle = OciBundle::script(WAITS);
-    let pids: Vec<i32> = ["running", "paused", "damaged"]
+    let bundle = OciBundle::script(WAITS).for_several();
+    let pids: Vec<i32> = ["oci-running", "oci-paused", "oci-damaged"]
         .map(|id| {
             let pid = hull.start_new(&bundle, id);
             hull.expect_output(id, "ready");
             pid
         })
         .to_vec();
-    hull.ok(&["pause", "paused"]);
-    fs::write(hull.root().join("damaged/state.json"), "{ half").expect("it is there");
+    hull.ok(&["pause", "oci-paused"]);
+    fs::write(hull.root().join("oci-damaged/state.json"), "{ half").expect("it is there");
     kill_now(pids[2]);
-    for id in ["running", "paused", "damaged", "never-there"] {
+    for id in ["oci-running", "oci-paused", "oci-damaged", "never-there"] {
         hull.ok(&["delete", "--force", id]);
     }
     for pid in pids {
@@ -93,13 +93,13 @@ fn forced_delete_ends_what_runs_is_paused_or_can_not_be_read() {
 #[test]
 fn containers_side_by_side_come_and_go_without_a_trace() {
     let Some(hull) = hull_oci() else { return };
-    let bundle = OciBundle::script("echo $$; exit 5");
+    let bundle = OciBundle::script("echo $$; exit 5").for_several();
     std::thread::scope(|scope| {
         for lane in 0..4 {
             let (hull, bundle) = (&hull, &bundle);
             scope.spawn(move || {
                 for round in 0..4 {
-                    let id = format!("c{lane}-{round}");
+                    let id = format!("oci-{lane}-{round}");
                     let pid = hull.create(bundle, &id);
                     hull.ok(&["start", &id]);
                     assert_eq!(reap(pid).code(), Some(5));
