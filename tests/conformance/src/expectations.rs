@@ -13,6 +13,7 @@ use crate::case::Case;
 const KEPT: &[(&str, &str)] = &[
     ("runc", include_str!("../expectations/runc.toml")),
     ("crun", include_str!("../expectations/crun.toml")),
+    ("hull-oci", include_str!("../expectations/hull-oci.toml")),
 ];
 
 /// Cases that fail, and why.
