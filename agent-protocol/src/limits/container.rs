@@ -69,7 +69,9 @@ impl Bounded for CreateContainerRequest {
             check_text("sysctls.name", &sysctl.name, 256)?;
             let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-/".contains(&byte);
             require(
-                !sysctl.name.is_empty() && sysctl.name.bytes().all(allowed) && !sysctl.name.contains(".."),
+                !sysctl.name.is_empty()
+                    && sysctl.name.bytes().all(allowed)
+                    && !["..", "//"].iter().any(|odd| sysctl.name.contains(odd)),
                 "sysctls.name",
                 "is not the name of a sysctl",
             )?;

@@ -13,11 +13,9 @@ pub(super) fn check(spec: &Spec, warnings: &mut Warnings) -> Result<()> {
         ("windows", spec.windows().is_some(), "Windows"),
         ("zos", spec.zos().is_some(), "z/OS"),
     ] {
+        // For another platform, which the specification tells runtimes to leave alone.
         if given {
-            return unsupported(
-                field,
-                format!("is for {system}; this runtime makes Linux containers"),
-            );
+            warnings.add(format!("{field}: is for {system} and has no effect on Linux"));
         }
     }
     if spec.vm().is_some() {

@@ -47,6 +47,7 @@ pub(super) fn translate(profile: &LinuxSeccomp) -> Result<Filter> {
             "SCMP_ACT_NOTIFY asks an agent on the host, which can't answer for a microVM's kernel",
         );
     }
+    check_answers(profile)?;
     let mut flags = 0;
     for flag in profile.flags().iter().flatten() {
         flags |= match flag {
@@ -66,6 +67,29 @@ pub(super) fn translate(profile: &LinuxSeccomp) -> Result<Filter> {
         problem: format!("the profile {problem}"),
     })?;
     Ok(Filter { programs, flags })
+}
+
+/// Each entry is about something, and an error is given only where an action has one.
+fn check_answers(profile: &LinuxSeccomp) -> Result<()> {
+    let has_error = |action| {
+        matches!(
+            action,
+            LinuxSeccompAction::ScmpActErrno | LinuxSeccompAction::ScmpActTrace
+        )
+    };
+    let problem = "is for SCMP_ACT_ERRNO and SCMP_ACT_TRACE; other actions have no error";
+    if profile.default_errno_ret().is_some() && !has_error(profile.default_action()) {
+        return invalid(format!("{FIELD}.defaultErrnoRet"), problem);
+    }
+    for (index, entry) in profile.syscalls().iter().flatten().enumerate() {
+        if entry.names().is_empty() {
+            return invalid(format!("{FIELD}.syscalls[{index}].names"), "is empty");
+        }
+        if entry.errno_ret().is_some() && !has_error(entry.action()) {
+            return invalid(format!("{FIELD}.syscalls[{index}].errnoRet"), problem);
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -84,7 +84,9 @@ fn one(spec: &Spec, name: &str, value: &str) -> Result<Sysctl> {
         }
     }
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-/".contains(&byte);
-    if !dotted.bytes().all(allowed) || dotted.contains("..") {
+    // A part that is empty, or two dots, would lead elsewhere.
+    let odd = ["..", "//"].iter().any(|odd| dotted.contains(odd));
+    if !dotted.bytes().all(allowed) || odd {
         return invalid(field(), "is not the name of a parameter");
     }
     Ok(Sysctl {

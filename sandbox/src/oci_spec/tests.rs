@@ -441,10 +441,36 @@ fn refusals() -> Vec<(&'static str, Value, &'static str)> {
             "linux.personality.flags",
         ),
         ("/linux/maskedPaths", json!(["relative"]), "masked_paths"),
-        ("/windows", json!({"layerFolders": []}), "windows"),
-        ("/solaris", json!({}), "solaris"),
+        (
+            "/linux/sysctl",
+            json!({"net/../../kernel/panic": "1"}),
+            "linux.sysctl.net/../../kernel/panic",
+        ),
+        (
+            "/linux/seccomp",
+            json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": [], "action": "SCMP_ACT_LOG"}]}),
+            "linux.seccomp.syscalls[0].names",
+        ),
+        (
+            "/linux/seccomp",
+            json!({"defaultAction": "SCMP_ACT_ALLOW",
+                   "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_KILL", "errnoRet": 1}]}),
+            "linux.seccomp.syscalls[0].errnoRet",
+        ),
+        (
+            "/linux/seccomp",
+            json!({"defaultAction": "SCMP_ACT_ALLOW", "defaultErrnoRet": 1}),
+            "linux.seccomp.defaultErrnoRet",
+        ),
         ("/vm", json!({"kernel": {"path": "/x"}}), "vm"),
     ]
+}
+
+#[test]
+fn other_platforms_are_told_to_have_no_effect() {
+    let config = with(RUNC, "/solaris", json!({}));
+    let all = translated(&config).unwrap();
+    assert!(all.warnings[0].starts_with("solaris: "), "{:?}", all.warnings);
 }
 
 #[test]
