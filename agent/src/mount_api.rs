@@ -1,8 +1,8 @@
+//! Mounts as descriptors: made detached, changed, attached. Thin wrappers; each checks its result, none keeps state.
 #![expect(
     unsafe_code,
     reason = "the mount system calls of Linux 5.2 and later have no wrapper"
 )]
-//! Mounts as descriptors: made detached, changed, attached. Thin wrappers; each checks its result, none keeps state.
 
 use std::{
     ffi::{CStr, CString},
