@@ -354,7 +354,6 @@ impl Server {
         let exit = exit.unwrap_or_else(|| BundleExit::now(KILLED, false, None));
         self.vmm.end();
         drop(std::mem::take(&mut self.wiring));
-        drop(self.listener);
         self.home.remove_sockets();
         self.record.status = BundleStatus::Stopped;
         self.record.exit = Some(exit.clone());
@@ -364,11 +363,19 @@ impl Server {
             tracing::error!(%error, "recording the container's end");
         }
         let status = exit.status;
+        // Signals whose answer the end has overtaken: they came when it was there.
+        for (token, _) in std::mem::take(&mut self.signals) {
+            if let Some(token) = token {
+                self.answer(token, Ok(()));
+            }
+        }
         for client in &self.clients {
             if client.waits {
                 drop(client.connection.send(&Reply::Exited(exit.clone()), &[]));
             }
         }
+        // Nobody waits for an answer any more, however long its readers take.
+        drop((self.listener, self.clients));
         // Its readers see the end of the output, where they have the last of it.
         if let Some(relay) = &mut self.relay {
             deliver_rest(relay);
