@@ -133,7 +133,8 @@ fn exec_reason(command: &str, errno: Errno) -> Cow<'static, str> {
         Errno::ENOENT => format!("stat {command}: no such file or directory").into(),
         Errno::EACCES => "permission denied".into(),
         Errno::ENOEXEC => "exec format error".into(),
-        Errno::EISDIR => "is a directory".into(),
+        // Docker 20.10 makes exit code 126 of the last words.
+        Errno::EISDIR => "is a directory: permission denied".into(),
         other => other.desc().into(),
     }
 }
