@@ -13,10 +13,13 @@ use std::{
 /// How deep directories may be nested.
 const MAX_DEPTH: usize = 128;
 
-/// Copies what is in the directory `from` into the directory `to`.
-pub(super) fn copy(from: &Path, to: &Path) -> io::Result<()> {
+/// Copies what is in the directory `from` into the directory `to`, which becomes like it too unless its own mode was asked for.
+pub(super) fn copy(from: &Path, to: &Path, own_mode: bool) -> io::Result<()> {
     let metadata = fs::metadata(from)?;
     copy_entries(from, to, 0)?;
+    if own_mode {
+        return Ok(());
+    }
     keep(to, &metadata)
 }
 
@@ -61,7 +64,7 @@ mod tests {
         fs::write(from.path().join("d/f"), "text").unwrap();
         fs::set_permissions(from.path().join("d/f"), fs::Permissions::from_mode(0o4750)).unwrap();
         symlink("/nowhere", from.path().join("l")).unwrap();
-        copy(from.path(), to.path()).unwrap();
+        copy(from.path(), to.path(), false).unwrap();
         assert_eq!(fs::read(to.path().join("d/f")).unwrap(), b"text");
         assert_eq!(
             fs::metadata(to.path().join("d/f")).unwrap().mode() & 0o7777,

@@ -310,7 +310,11 @@ fn mount_copied(target: &Path, options: &MountOptions) -> Result<(), Errno> {
         Some(options.data().as_str()),
     )?;
     fchdir(&below)?;
-    copy_up::copy(Path::new("."), target).map_err(|error| io_errno(&error))?;
+    let own_mode = options
+        .data()
+        .split(',')
+        .any(|option| option.starts_with("mode="));
+    copy_up::copy(Path::new("."), target, own_mode).map_err(|error| io_errno(&error))?;
     chdir("/")?;
     finish_mount(target, options)
 }
