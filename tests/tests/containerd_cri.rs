@@ -76,7 +76,8 @@ fn container_that_ends_is_reported_with_its_code_and_can_be_followed_by_another(
     becomes(&cri, &first, EXITED);
     let status = cri.status(&first);
     assert_eq!((status.exit_code, status.reason.as_str()), (9, "Error"));
-    assert!(status.finished_at >= status.started_at && status.started_at > 0);
+    // The end is the microVM's word, the start containerd's own, taken when its call has returned: either may be first.
+    assert!(status.finished_at > 0 && status.started_at > 0);
     let second = cri.start(&pod_id, &pod, Cri::container("second", "busybox", &["true"]));
     becomes(&cri, &second, EXITED);
     assert_eq!(
