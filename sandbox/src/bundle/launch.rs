@@ -19,6 +19,7 @@ use super::{
     error::{BundleError, Refusal, Result},
     home::Home,
     hooks::state_json,
+    mount_view::MountView,
     protocol::{LaunchRequest, Reply, Request},
     record::{BundleRecord, BundleState, BundleStatus},
     relay::{AllSignals, BundleStdio, Ends},
@@ -46,6 +47,8 @@ pub(super) struct Created {
     pub(super) vmm: Vmm,
     /// Interfaces it can have.
     pub(super) devices: usize,
+    /// What the host sees of its mounts.
+    pub(super) view: Option<MountView>,
     pub(super) ends: Ends,
     /// Whether the process has an input.
     pub(super) input: bool,
@@ -114,6 +117,7 @@ fn launch(
     }
     let input = stdio.has_input();
     let ends = Ends::new(stdio, record.terminal, translated.console_size)?;
+    let view = MountView::planned(&translated)?;
     let request = request_of(record, &mut translated, input);
     let disks = RootfsSpec::default().open_disks(&components.agent_image)?;
     let shares = shares::open_all(&translated.shares)?;
@@ -139,12 +143,16 @@ fn launch(
     let ready = boot(home.listen_vsock()?, &mut vmm, components, shape)?;
     wait_ready(&mut vmm, &ready, client.as_fd())?;
     let agent = create_in_guest(home, &request)?;
+    if let Some(view) = &view {
+        view.show_root()?;
+    }
     record.status = BundleStatus::Created;
     home.write(record)?;
     Ok(Created {
         agent,
         vmm,
         devices,
+        view,
         ends,
         input,
         signals,

@@ -31,6 +31,7 @@ mod exit;
 mod home;
 mod hooks;
 mod launch;
+mod mount_view;
 mod protocol;
 mod record;
 mod relay;

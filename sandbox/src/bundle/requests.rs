@@ -108,6 +108,9 @@ impl Server {
             self.ended(ProcessExit::Code(code), false, Some(error.to_string()));
             return Err(error);
         }
+        if let Some(view) = &mut self.view {
+            view.show_bound();
+        }
         self.relay = Some(ends.connect(streams)?);
         self.wait = Some(wait);
         self.record.status = BundleStatus::Running;

@@ -29,6 +29,7 @@ use super::{
     exit::{KILLED, end_like},
     home::Home,
     launch::Created,
+    mount_view::MountView,
     protocol::{Reply, Request},
     record::{BundleExit, BundleRecord, BundleStatus, ProcessExit},
     relay::{AllSignals, Ends, Incident, Relay},
@@ -79,6 +80,8 @@ pub(super) struct Server {
     pub(super) vmm: Vmm,
     /// Interfaces the microVM can have.
     pub(super) devices: usize,
+    /// What the host sees of the container's mounts.
+    pub(super) view: Option<MountView>,
     /// From the start on.
     pub(super) wiring: Wiring,
     listener: UnixListener,
@@ -109,6 +112,7 @@ impl Server {
             agent,
             vmm,
             devices,
+            view,
             ends,
             input,
             signals,
@@ -119,6 +123,7 @@ impl Server {
             agent,
             vmm,
             devices,
+            view,
             wiring: Wiring::default(),
             listener,
             incidents: signals,
