@@ -340,10 +340,12 @@ fn drive(started: Started, ends: Ends, signals: &AllSignals, window: Option<Wind
         if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
             break;
         }
-        let mut entries = vec![(Source::Signals, signals.as_fd(), PollFlags::IN)];
+        let mut entries = Vec::new();
+        // First, and so served first: a call that is made for a signal reads whatever the agent has sent.
         if exit.is_none() {
             entries.push((Source::Agent, agent.as_fd(), PollFlags::IN));
         }
+        entries.push((Source::Signals, signals.as_fd(), PollFlags::IN));
         let wanted = relay.outputs.wanted();
         entries.extend(wanted.map(|(index, fd)| (Source::Output(index), fd, PollFlags::IN)));
         entries.extend(
