@@ -11,7 +11,7 @@ use std::{
     fs,
     os::{
         fd::{AsFd as _, OwnedFd},
-        unix::fs::symlink,
+        unix::fs::{MetadataExt as _, symlink},
     },
     path::{Path, PathBuf},
 };
@@ -21,7 +21,7 @@ use nix::{
     errno::Errno,
     fcntl::{OFlag, open},
     mount::{MntFlags, MsFlags, mount, umount2},
-    sys::stat::{Mode, makedev},
+    sys::stat::{Mode, SFlag, fstat, makedev},
     unistd::{chdir, fchdir, pivot_root},
 };
 
@@ -341,6 +341,7 @@ fn mount_file(tree: &OwnedFd, target: &Path) -> Result<(), Errno> {
 /// Puts the devices and the usual links into a fresh /dev.
 fn populate_dev(devices: &[(OwnedFd, PathBuf)]) -> Result<(), Failure> {
     for (tree, path) in devices {
+        check_place(tree, path).map_err(failed(format!("creating {}", path.display())))?;
         mount_file(tree, path).map_err(failed(format!("creating {}", path.display())))?;
     }
     for (target, link) in DEFAULT_LINKS {
@@ -352,6 +353,24 @@ fn populate_dev(devices: &[(OwnedFd, PathBuf)]) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+/// Another file where a device is to be is not covered, but for an empty one: that is a mount point of an earlier container. In
+/// /dev it is the image's idea of a device.
+fn check_place(device: &OwnedFd, path: &Path) -> Result<(), Errno> {
+    if path.starts_with("/dev") {
+        return Ok(());
+    }
+    let Ok(found) = fs::metadata(path) else {
+        return Ok(());
+    };
+    let wanted = fstat(device)?;
+    let same = (found.mode() ^ wanted.st_mode) & SFlag::S_IFMT.bits() == 0 && found.rdev() == wanted.st_rdev;
+    if same || (found.is_file() && found.len() == 0) {
+        Ok(())
+    } else {
+        Err(Errno::EEXIST)
+    }
 }
 
 fn set_sysctls(request: &CreateContainerRequest) -> Result<(), Failure> {
@@ -405,7 +424,6 @@ fn mask(path: &str) -> Result<(), Errno> {
 }
 
 fn is_null_device() -> bool {
-    use std::os::unix::fs::MetadataExt as _;
     fs::symlink_metadata("/dev/null").is_ok_and(|metadata| metadata.rdev() == makedev(1, 3))
 }
 
