@@ -46,9 +46,10 @@ const READY_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The guest kernel's command line; the VMM adds what describes its devices. There is no PCI bus to look for,
 /// rewriting locks for one CPU costs more than it saves, and a grace period that is waited for (joining a control
-/// group, leaving a namespace) must not take ticks of a timer when the microVM does nothing else.
+/// group, leaving a namespace) must not take ticks of a timer when the microVM does nothing else. Of interfaces there are
+/// those the container is given, and none that a driver makes to begin with.
 const CMDLINE: &str = "root=/dev/vda ro rootfstype=erofs init=/hull-agent reboot=t panic=-1 pci=off \
-                       noreplace-smp rcupdate.rcu_expedited=1";
+                       noreplace-smp rcupdate.rcu_expedited=1 dummy.numdummies=0 ifb.numifbs=0";
 /// Added without a console: nothing waits for a port that isn't there.
 const CMDLINE_SILENT: &str = "quiet loglevel=1 8250.nr_uarts=0";
 /// Added with one.
