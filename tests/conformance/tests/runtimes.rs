@@ -37,6 +37,22 @@ fn crun_conforms_but_for_known_failures() {
 }
 
 #[test]
+fn hull_oci_conforms_but_for_what_cannot_hold() {
+    let kvm = std::path::Path::new("/dev/kvm").exists();
+    match std::env::var("HULL_OCI") {
+        Ok(runtime) if kvm => conforms(&runtime),
+        _ => {
+            let required = std::env::var("HULL_REQUIRE_KVM").is_ok_and(|value| value == "1");
+            assert!(
+                !required,
+                "a microVM is required; `cargo xtask test` builds hull-oci and sets HULL_OCI"
+            );
+            eprintln!("skipped: /dev/kvm or hull-oci is not there");
+        }
+    }
+}
+
+#[test]
 fn expectations_that_are_wrong_either_way_fail_the_run() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let file = folder.path().join("expect.toml");

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::equal;
 use crate::case::{Case, must};
+use crate::console::{ConsoleSocket, read_to_hangup};
 use crate::container::Container;
 use crate::runtime::finish;
 use crate::world::World;
@@ -63,6 +64,13 @@ pub fn cases() -> Vec<Case> {
                 equal("the signal", container.lines()?[1]["signal"].clone(), 15)
             },
         ),
+        must(
+            "pid_file.mount_namespace_has_the_containers_files",
+            CLI,
+            "podman cp enters the mount namespace of the process of the pid file and takes its root for the container's",
+            mount_namespace,
+        )
+        .on_host(),
         must(
             "delete.force_ends_a_running_container",
             CLI,
@@ -194,6 +202,36 @@ pub fn cases() -> Vec<Case> {
             CLI,
             "exec --process FILE --pid-file FILE --detach, as conmon and shims do",
             process_file,
+        ),
+        must(
+            "exec.on_a_terminal_prints_all",
+            CLI,
+            "exec --tty --console-socket SOCKET --detach, as conmon and shims do",
+            |world| {
+                let container = paused(world)?;
+                let socket = ConsoleSocket::new(world.path())?;
+                let path = socket.path().display().to_string();
+                let pid_file = world.path().join("exec.pid").display().to_string();
+                let options = [
+                    "--detach",
+                    "--tty",
+                    "--console-socket",
+                    &path,
+                    "--pid-file",
+                    &pid_file,
+                ];
+                container
+                    .exec(&options, &["/bin/sh", "-c", "test -t 0 && echo also a terminal"])?
+                    .expect_ok()?;
+                let screen = read_to_hangup(socket.receive()?);
+                let pid: i32 = fs::read_to_string(&pid_file)
+                    .context("there is no pid file")?
+                    .trim()
+                    .parse()?;
+                let status = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None)?;
+                equal("its parent sees", exit_code(status), Some(0))?;
+                equal("the screen", screen.as_str(), "also a terminal\n")
+            },
         ),
         must("exec.in_a_stopped_container_is_an_error", CLI, "exec", |world| {
             let mut bundle = world.bundle()?;
@@ -355,6 +393,34 @@ fn paused<'w>(world: &'w World<'_>) -> Result<Container<'w>> {
     container.start()?;
     container.wait_printed("\"pause\"")?;
     Ok(container)
+}
+
+fn mount_namespace(world: &World<'_>) -> Result<()> {
+    let mut bundle = world.bundle()?;
+    let source = super::mounts::folder(world, "bound")?;
+    bundle.mount("/data", "bind", &source, &["rbind"]);
+    let container = world.create(bundle.probe(&["write", "/written", "inside", "pause"]))?;
+    container.start()?;
+    container.wait_printed("pause")?;
+    let mut command = std::process::Command::new("nsenter");
+    command.arg(format!("--mount=/proc/{}/ns/mnt", container.pid));
+    // Programs and files are those of the container.
+    command.args([
+        "/bin/probe",
+        "read",
+        "/written",
+        "read",
+        "/data/name",
+        "write",
+        "/answer",
+        "outside",
+    ]);
+    let text = finish(&mut command, &world.scratch())?.expect_ok()?;
+    let lines: Vec<Value> = text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    equal("a file of the root", lines[0]["data"].clone(), "inside")?;
+    equal("a file bound into it", lines[1]["data"].clone(), "bound")?;
+    let answer = container.exec(&[], &["/bin/cat", "/answer"])?.expect_ok()?;
+    equal("what was written there", answer.as_str(), "outside")
 }
 
 fn standard_input(world: &World<'_>) -> Result<()> {
