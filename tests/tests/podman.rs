@@ -128,14 +128,7 @@ fn run_takes_options_of_the_process(podman: &Podman) {
     answers(
         podman,
         // One limit given takes podman's defaults away, and its own wish for processes is more than some hosts allow.
-        &[
-            "--ulimit",
-            "nofile=100:200",
-            "--ulimit",
-            "nproc=32768:32768",
-            "--ulimit",
-            "nproc=32768:32768",
-        ],
+        &["--ulimit", "nofile=100:200", "--ulimit", "nproc=32768:32768"],
         &["sh", "-c", "ulimit -Sn; ulimit -Hn"],
         "100\n200",
     );
