@@ -8,8 +8,8 @@ use hull_tests::hull::Hull;
 const BLOCK_BYTES: usize = 1 << 20;
 const GIB_IN_BLOCKS: u64 = 1024;
 
-/// Writes a GiB no two pages of which are alike to all of the writers.
-fn write_gigabyte(writers: &mut [&mut dyn Write]) {
+/// Writes a GiB no two pages of which are alike to all of the writers; an error if one of them ends early.
+fn write_gigabyte(writers: &mut [&mut dyn Write]) -> std::io::Result<()> {
     let mut block: Vec<u8> = (0..BLOCK_BYTES)
         .map(|at| u8::try_from(at * 7 % 251).expect("as this test set it up"))
         .collect();
@@ -18,9 +18,10 @@ fn write_gigabyte(writers: &mut [&mut dyn Write]) {
             bytes[..8].copy_from_slice(&(index << 32 | page).to_le_bytes());
         }
         for writer in &mut *writers {
-            writer.write_all(&block).expect("as this test set it up");
+            writer.write_all(&block)?;
         }
     }
+    Ok(())
 }
 
 /// This host's program, because a digest in an unoptimised test takes minutes.
@@ -54,11 +55,12 @@ fn gigabyte_arrives_intact_through_stdin() {
         .spawn()
         .expect("as this test set it up");
     let mut here = digester();
-    write_gigabyte(&mut [
+    let written = write_gigabyte(&mut [
         &mut child.stdin.take().expect("as this test set it up"),
         here.stdin.as_mut().expect("as this test set it up"),
     ]);
     let outcome = hull_tests::hull::finish(child);
+    written.unwrap_or_else(|error| panic!("{error}: {outcome:?}"));
     assert_eq!(outcome.text().trim_end(), digest(here).trim_end(), "{outcome:?}");
 }
 
@@ -81,9 +83,9 @@ fn gigabyte_comes_back_intact_through_stdout_while_stderr_talks() {
     );
     let writer = std::thread::spawn(move || {
         let mut sent = digester();
-        write_gigabyte(&mut [&mut stdin, sent.stdin.as_mut().expect("as this test set it up")]);
+        let written = write_gigabyte(&mut [&mut stdin, sent.stdin.as_mut().expect("as this test set it up")]);
         drop(stdin);
-        digest(sent)
+        written.map(|()| digest(sent))
     });
     let mut received = digester();
     let mut buffer = vec![0; BLOCK_BYTES];
@@ -99,8 +101,10 @@ fn gigabyte_comes_back_intact_through_stdout_while_stderr_talks() {
             .write_all(&buffer[..length])
             .expect("as this test set it up");
     }
-    assert_eq!(digest(received), writer.join().expect("as this test set it up"));
     let outcome = hull_tests::hull::finish(child);
+    let sent = writer.join().expect("as this test set it up");
+    let sent = sent.unwrap_or_else(|error| panic!("{error}: {outcome:?}"));
+    assert_eq!(digest(received), sent, "{outcome:?}");
     let lines: Vec<&str> = outcome.stderr.lines().collect();
     assert_eq!((lines.len(), lines[0], lines[300]), (301, "line 0", "end"));
 }

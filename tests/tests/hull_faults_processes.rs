@@ -99,8 +99,8 @@ fn third_ctrl_c_kills_a_command_that_does_not_listen() {
     let Some(hull) = Hull::with_images(&["busybox"]) else {
         return;
     };
-    // A first process without a handler ignores SIGINT by the kernel's rule, as under docker.
-    let mut child = speaker(&hull, &["--rm"], "echo up; exec sleep 1000");
+    // A shell with -c listens until its exec.
+    let mut child = speaker(&hull, &["--rm"], "trap '' INT; echo up; exec sleep 1000");
     signal(pid(&child), Signal::SIGINT);
     assert!(
         wait_for(&mut child, Duration::from_millis(500)).is_none(),
