@@ -66,7 +66,10 @@ pub fn run(args: &ContainerdArgs, out: &Path) -> Result<()> {
         .collect();
     let series = interleave(&mut contenders, args.warmup, args.rounds)?;
     drop(contenders);
-    println!("  {}", memory(&world)?);
+    for (name, runtime) in names {
+        println!("  {}", memory_of_each(&world, name, runtime)?);
+    }
+    println!("  {}", memory_of_further(&world)?);
     let context = RunContext {
         benchmark: if args.idle == 0 {
             "containerd"
@@ -108,8 +111,38 @@ fn timed(world: &Containerd, arguments: &[String]) -> Result<f64> {
     Ok(total)
 }
 
+/// What all processes on the host that a container needs hold, each with a share of what it shares with others; of four
+/// containers that wait, each with a shim of its own.
+fn memory_of_each(world: &Containerd, name: &str, runtime: &str) -> Result<String> {
+    const COUNT: u64 = 4;
+    let before: Vec<i32> = world.processes().into_iter().map(|(pid, _)| pid).collect();
+    let mut own: Vec<i32> = Vec::new();
+    for number in 0..COUNT {
+        let id = format!("{name}-memory{number}");
+        world.run_detached(runtime, "busybox", &id, &["sleep", "100000"]);
+        // runc's container shows nothing of this world in its command line.
+        own.extend(world.task(&id).map(|(pid, _)| pid));
+    }
+    let shims = world.processes().into_iter().map(|(pid, _)| pid);
+    own.extend(shims.filter(|pid| !before.contains(pid)));
+    own.sort_unstable();
+    own.dedup();
+    let mut total = 0;
+    for pid in &own {
+        total += summed_kib(*pid, "Pss:")?;
+    }
+    for number in 0..COUNT {
+        world.remove(&format!("{name}-memory{number}"));
+    }
+    Ok(format!(
+        "a container of {name}: {} KiB PSS in {} processes",
+        total / COUNT,
+        own.len() as u64 / COUNT
+    ))
+}
+
 /// What a shim holds with one container, and with eight in a group of one shim, in its own memory.
-fn memory(world: &Containerd) -> Result<String> {
+fn memory_of_further(world: &Containerd) -> Result<String> {
     let shims = || world.processes_of("containerd-shim-hull-v2");
     let before = shims();
     let mut sizes = Vec::new();
@@ -127,7 +160,7 @@ fn memory(world: &Containerd) -> Result<String> {
             .into_iter()
             .find(|pid| !before.contains(pid) && is_resident(*pid))
             .context("no shim came with the group")?;
-        sizes.push(private_kib(shim)?);
+        sizes.push(summed_kib(shim, "Private_")?);
     }
     let (first, last) = (sizes[0], sizes[sizes.len() - 1]);
     Ok(format!(
@@ -143,11 +176,13 @@ fn is_resident(pid: i32) -> bool {
     String::from_utf8_lossy(&line).contains("-namespace")
 }
 
-fn private_kib(pid: i32) -> Result<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).context("the shim has gone")?;
+/// The sum of the lines that begin so, in KiB.
+fn summed_kib(pid: i32, lines: &str) -> Result<u64> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
     let sum = text
         .lines()
-        .filter(|line| line.starts_with("Private_"))
+        .filter(|line| line.starts_with(lines))
         .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok())
         .sum();
     Ok(sum)

@@ -327,7 +327,7 @@ impl Run {
             return Ok(());
         }
         Err(format!(
-            "guest finished: {finished}; VMM: {}; kernel: {}\n--- console (end)\n{}\n--- stderr (end)\n{}",
+            "guest finished: {finished}; VMM: {}; kernel: {}{}\n--- console (end)\n{}\n--- stderr (end)\n{}",
             self.status.map_or_else(
                 || "killed at the time limit".to_owned(),
                 |status| status.to_string()
@@ -337,10 +337,22 @@ impl Run {
             } else {
                 trouble.join("; ")
             },
+            trouble
+                .first()
+                .map(|first| format!("\n--- console (from there)\n{}", from(first, &self.console)))
+                .unwrap_or_default(),
             tail(&self.console),
             tail(&self.stderr),
         ))
     }
+}
+
+/// What an oops is told by, from a line a little before it on.
+fn from(line: &str, text: &str) -> String {
+    let lines: Vec<_> = text.lines().collect();
+    let begin = lines.iter().position(|other| *other == line).unwrap_or(0);
+    let end = lines.len().min(begin + 60);
+    lines[begin.saturating_sub(10)..end].join("\n")
 }
 
 fn tail(text: &str) -> String {

@@ -1,5 +1,6 @@
 //! Whoever is killed, containerd ends up knowing the truth, and nothing is left.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use hull_tests::containerd::{Containerd, HULL};
@@ -129,4 +130,73 @@ fn everything_killed_at_once_is_cleaned_up_when_containerd_comes_back() {
         world.ctr(&["containers", "delete", id]);
     }
     assert_eq!(world.settle(&["c1", "c2"]), Vec::<String>::new());
+}
+
+/// Tries to live a container's life; what becomes of it, while processes are killed, is not asked.
+fn life_among_killers(world: &Containerd, id: &str) {
+    world.run(HULL, &["--detach"], "busybox", id, &["sleep", "1000"]);
+    world.exec(id, "e1", &["true"]);
+    world.try_ctr(&["tasks", "kill", "--signal", "SIGKILL", id]);
+    world.try_ctr(&["tasks", "delete", id]);
+    world.try_ctr(&["containers", "delete", id]);
+}
+
+/// A number that differs from call to call.
+fn any_number() -> u32 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .expect("the clock is set")
+        .subsec_nanos()
+        / 64
+}
+
+#[test]
+fn nothing_is_left_of_containers_whose_processes_are_killed_at_random() {
+    let Some(mut world) = Containerd::with_images(&["busybox"]) else {
+        return;
+    };
+    let ids: Vec<String> = (0..24).map(|number| format!("c{number}")).collect();
+    let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let killer = scope.spawn(|| {
+            let mut killed = 0;
+            while !over.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(u64::from(any_number() % 200)));
+                let mut ours = world.processes_of("containerd-shim-hull-v2");
+                ours.extend(world.processes_of("hull-vmm"));
+                if !ours.is_empty() {
+                    signal(ours[any_number() as usize % ours.len()], Signal::SIGKILL);
+                    killed += 1;
+                }
+            }
+            killed
+        });
+        let lives: Vec<_> = ids
+            .chunks(6)
+            .map(|ids| {
+                let world = &world;
+                scope.spawn(move || ids.iter().for_each(|id| life_among_killers(world, id)))
+            })
+            .collect();
+        for life in lives {
+            life.join().expect("no panic");
+        }
+        over.store(true, Ordering::Relaxed);
+        assert!(killer.join().expect("no panic") > 0);
+    });
+    world.restart(Signal::SIGKILL);
+    for id in &ids {
+        // A task whose shim was killed is forgotten when containerd has called `delete`.
+        let gone = eventually(PATIENCE, || {
+            world.try_ctr(&["tasks", "delete", "--force", id]);
+            status_of(&world, id) == "none"
+        });
+        assert!(gone, "{id}: {}: {}", status_of(&world, id), world.log());
+        world.try_ctr(&["containers", "delete", id]);
+    }
+    assert_eq!(world.settle(&ids), Vec::<String>::new());
+    sleeper(&world, "c1");
+    world.remove("c1");
+    assert_eq!(world.settle(&ids), Vec::<String>::new());
 }

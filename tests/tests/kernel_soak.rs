@@ -38,9 +38,9 @@ fn soak(vcpus: u8, duration: Duration) {
         .collect();
     assert!(
         run.failures().is_empty() && trouble.is_empty(),
-        "{:?} {trouble:?} {:?}",
+        "{:?} {trouble:?} {}",
         run.failures(),
-        run.verdict()
+        run.verdict().err().unwrap_or_default()
     );
     let finished = run.reports().iter().any(|report| report["done"] == "soak");
     assert!(

@@ -188,8 +188,13 @@ fn what_lives_opens_no_more_files_from_exec_to_exec() {
         count()
     );
     // The processes of killed clients end with them, or are those clients' own business, but the last ones of exec do.
-    let after = guest();
-    let (before, after): (usize, usize) = (processes.parse().unwrap(), after.parse().unwrap());
+    let processes_now = || guest().parse::<usize>().unwrap();
+    let (before, mut after) = (processes.parse::<usize>().unwrap(), processes_now());
+    // One that has ended is there until it has been waited for.
+    eventually(PATIENCE, || {
+        after = processes_now();
+        after <= before + 10
+    });
     assert!(
         after <= before + 10,
         "{before} processes in the guest became {after}"

@@ -300,32 +300,36 @@ fn detached_exec_has_a_process_that_ends_as_it_does() {
 }
 
 #[test]
-fn many_execs_at_once_each_get_their_own() {
+fn hundreds_of_execs_at_once_each_get_their_own() {
     let Some(hull) = hull_oci() else { return };
     let bundle = OciBundle::script(WAITS);
     hull.start_new(&bundle, "web");
     hull.expect_output("web", "ready");
-    std::thread::scope(|scope| {
-        for number in 0..32 {
-            let hull = &hull;
-            scope.spawn(move || {
-                let script = format!("echo {number}; cat; exit {number}");
-                let mut child = hull
-                    .command(&["exec", "web", "sh", "-c", &script])
-                    .stdin(Stdio::piped())
-                    .spawn()
-                    .expect("it starts");
-                let mut stdin = child.stdin.take().expect("piped");
-                writeln!(stdin, "in {number}").expect("it reads");
-                drop(stdin);
-                let outcome = finish(child);
-                assert_eq!(
-                    (outcome.code(), outcome.text()),
-                    (number, format!("{number}\nin {number}"))
-                );
-            });
-        }
-    });
+    let mut running: Vec<_> = (0..200)
+        .map(|number| {
+            let script = format!("echo {number}; cat; exit {number}");
+            hull.command(&["exec", "web", "sh", "-c", &script])
+                .stdin(Stdio::piped())
+                .spawn()
+                .expect("it starts")
+        })
+        .collect();
+    // None gets its input before all have begun.
+    for (number, child) in running.iter_mut().enumerate() {
+        let expected = format!("{number}\n");
+        let mut said = vec![0; expected.len()];
+        let stdout = child.stdout.as_mut().expect("piped");
+        stdout.read_exact(&mut said).expect("the command speaks");
+        assert_eq!(String::from_utf8_lossy(&said), expected);
+    }
+    for (number, child) in running.iter_mut().enumerate() {
+        let mut stdin = child.stdin.take().expect("piped");
+        writeln!(stdin, "in {number}").expect("it reads");
+    }
+    for (number, child) in (0..).zip(running) {
+        let outcome = finish(child);
+        assert_eq!((outcome.code(), outcome.text()), (number, format!("in {number}")));
+    }
     assert_eq!(hull.status("web"), "running");
     hull.ok(&["delete", "--force", "web"]);
     assert_eq!(hull.leftovers(), Vec::<String>::new());

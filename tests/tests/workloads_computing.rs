@@ -41,7 +41,8 @@ fn busybox_applets_do_what_they_do_under_runc() {
         timeout 0.2 sleep 1000 || echo timed out; sleep 1000 & kill -0 $! && echo alive; kill $!; wait $! || echo status $?
         echo hello | cpio -o -H newc 2>/dev/null | wc -c; find tree -name numbers | cpio -o -H newc 2>/dev/null | cpio -t 2>/dev/null
         vi --help 2>&1 | head -n 1 | grep -c BusyBox; ash -c 'echo $((0x7fffffff + 1))'; expr 17 \* 3
-        mkdir www; echo page >www/index.html; httpd -p 127.0.0.1:8080 -h www; wget -q -O - http://127.0.0.1:8080/; killall httpd
+        mkdir www; echo page >www/index.html; httpd -f -p 127.0.0.1:8080 -h www & server=$!
+        until wget -q -O - http://127.0.0.1:8080/ 2>/dev/null; do sleep 0.05; done; kill $server; wait $server || echo status $?
         nc -l -p 9999 -e cat & server=$!; until echo there and back | nc 127.0.0.1 9999 2>/dev/null; do sleep 0.05; done; wait $server
         id -u; hostname | wc -l; cat /proc/self/cgroup | wc -l | awk '{ print ($1 > 0) }'; ps | grep -c '[s]h'  | awk '{ print ($1 > 0) }'
     "#;
