@@ -4,6 +4,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use hull_tests::kernel_guest::Guest;
@@ -16,6 +17,27 @@ const SLACK: Duration = Duration::from_secs(240);
 /// What the workloads provoke on purpose: processes that crash, and memory that runs out in their own control groups.
 const PROVOKED: [&str; 2] = ["general protection fault ip", "Call Trace"];
 
+/// How often the host is interrupted meanwhile, on each of its CPUs: each time a vCPU leaves its guest at whatever instruction
+/// it is, and an interrupt may come to the guest just there. Hundreds of times what a quiet host does.
+const DISTURBANCE: Duration = Duration::from_micros(50);
+
+/// Runs something while the host is disturbed.
+fn disturbed<T>(body: impl FnOnce() -> T) -> T {
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    std::thread::sleep(DISTURBANCE);
+                }
+            });
+        }
+        let result = body();
+        over.store(true, Ordering::Relaxed);
+        result
+    })
+}
+
 fn soak(vcpus: u8, duration: Duration) {
     let Some(vm) = KernelVm::prepare(Machine::Hull(Entry::Linux64), Guest::Soak) else {
         return;
@@ -27,7 +49,7 @@ fn soak(vcpus: u8, duration: Duration) {
         .disk(&root, true)
         .parameters(&format!("soak_seconds={}", duration.as_secs()))
         .timeout(duration + SLACK);
-    let run = vm.run().unwrap();
+    let run = disturbed(|| vm.run()).unwrap();
     for report in run.reports().iter().filter(|report| report.get("soak").is_some()) {
         eprintln!("{vcpus} vCPUs: {report}");
     }
