@@ -75,6 +75,7 @@ impl MicroVms {
                 console_socket: None,
             },
             systemd_cgroup: names_a_scope(&spec),
+            pod,
             components: &Components::find()?,
         })?;
         let pid = u32::try_from(state.pid).unwrap_or(0);
