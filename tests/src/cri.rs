@@ -23,7 +23,7 @@ pub use messages::cri::{
     ContainerStatus, ContainerStatusResponse, CreateContainerRequest, CreateContainerResponse, Empty,
     ExecSyncRequest, ExecSyncResponse, ImageSpec, KeyValue, LinuxContainer, LinuxPod, LinuxResources, Mount,
     NamespaceOptions, PodConfig, PodMetadata, PodRequest, PodSecurity, PodStatusResponse, RunPodRequest,
-    RunPodResponse,
+    RunPodResponse, UpdateContainerRequest,
 };
 
 /// One call; a pod's may set up networks.
