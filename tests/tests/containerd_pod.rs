@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use hull_tests::cri::{
-    ContainerConfig, ContainerStatsResponse, Cri, Empty, HULL, LinuxResources, Mount, PodConfig,
-    PodStatusResponse, RunPodRequest, RunPodResponse, UpdateContainerRequest,
+    ContainerConfig, ContainerStatsResponse, Cri, Empty, ExecSyncResponse, HULL, LinuxResources, Mount,
+    PodConfig, PodStatusResponse, RunPodRequest, RunPodResponse, UpdateContainerRequest,
 };
 use hull_tests::hull::{eventually, signal};
 use nix::sys::signal::Signal;
@@ -50,8 +50,8 @@ impl World {
     /// A directory of the pod, as an `emptyDir` is.
     fn volume(&self, name: &str) -> PathBuf {
         let path = self.cri.containerd.path("volumes").join(name);
-        fs::create_dir_all(&path).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).unwrap();
+        fs::create_dir_all(&path).expect("a folder of our own");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).expect("a folder of our own");
         path
     }
 
@@ -352,7 +352,27 @@ fn processes_are_shared_where_the_pod_asks_for_it() {
         !list.contains("sleep 2000") && list.contains("sleep 3000"),
         "{list}"
     );
-    world.end(&[&first, &second]);
+
+    // One that kills whatever is made, at any moment of its making: others are born all the same, and so is the next.
+    let kill = "while :; do for p in /proc/[0-9]*; do p=${p#/proc/}; [ $p -gt $$ ] && kill -9 $p; done; done";
+    let hammer = shared("hammer", &["sh", "-c", kill]);
+    let mut victims = Vec::new();
+    for number in 0..4 {
+        let victim = shared(&format!("victim{number}"), &["sleep", "4000"]);
+        for _ in 0..5 {
+            // It may be killed, which is no error of the microVM's.
+            let request = Cri::exec_request(&second, &["true"]);
+            drop(world.cri.call::<ExecSyncResponse>("ExecSync", &request));
+        }
+        world.becomes(&victim, EXITED);
+        assert_eq!(world.cri.status(&victim).exit_code, KILLED);
+        victims.push(victim);
+    }
+    world.cri.remove(&hammer);
+    assert_eq!(world.prints(&second, "echo on"), "on");
+    let others = victims.iter().map(String::as_str);
+    let all: Vec<&str> = others.chain([first.as_str(), &second, &hammer]).collect();
+    world.end(&all);
 }
 
 #[test]
