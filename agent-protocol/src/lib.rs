@@ -28,7 +28,7 @@ pub mod envelope {
 }
 
 /// Raised whenever a peer of the old version would misunderstand the new one.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// vsock port of the agent's RPC server.
 pub const RPC_PORT: u32 = 1024;
@@ -93,6 +93,8 @@ methods! {
     Archive(ArchiveRequest) -> PathStat;
     Extract(ExtractRequest) -> Empty;
     ConfigureNetwork(ConfigureNetworkRequest) -> Empty;
+    RemoveContainer(ContainerRef) -> Empty;
+    FreezeContainer(FreezeContainerRequest) -> Empty;
     Shutdown(Empty) -> Empty;
 }
 

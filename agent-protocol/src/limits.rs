@@ -7,7 +7,7 @@ mod container;
 mod network;
 mod process;
 
-pub use container::{MAX_CGROUP_FILES, MAX_DEVICE_RULES, MAX_HOOK_STATE_BYTES, MAX_ID_MAPPINGS, MAX_SHARES};
+pub use container::{MAX_CGROUP_FILES, MAX_DEVICE_RULES, MAX_HOOK_STATE_BYTES, MAX_ID_MAPPINGS};
 pub use network::{MAX_INTERFACES, MAX_ROUTES};
 pub use process::MAX_CPU_MASK_BYTES;
 
@@ -183,6 +183,12 @@ impl Bounded for ConnectResponse {
 }
 
 impl Bounded for ContainerRef {
+    fn check(&self) -> Result<(), InvalidMessage> {
+        check_id("container_id", &self.container_id)
+    }
+}
+
+impl Bounded for crate::FreezeContainerRequest {
     fn check(&self) -> Result<(), InvalidMessage> {
         check_id("container_id", &self.container_id)
     }

@@ -102,7 +102,7 @@ impl Cgroup {
     /// Waits until it has no process any more.
     pub fn wait_empty(&self, patience: Duration) {
         let deadline = Instant::now() + patience;
-        while keyed(&self.read("cgroup.events"), "populated") != 0 && Instant::now() < deadline {
+        while !self.is_empty() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -190,46 +190,76 @@ fn enable_controllers(files: &[CgroupFile]) -> Result<(), AgentError> {
     Ok(())
 }
 
-/// A control group in which a further process of a container is born while the container stands still.
-///
-/// A container that may trace processes could look into one that has the agent's memory until it executes its program.
-/// So nothing of the container runs meanwhile, and the process joins it when it has become its own. What the process
-/// has started by then is here, too, and joins with it.
+/// Control groups that stand still, until this is dropped.
 #[derive(Debug)]
-pub struct Staging {
-    own: Cgroup,
-    container: Cgroup,
+pub struct Standstill {
+    dirs: Vec<PathBuf>,
 }
 
-impl Staging {
-    /// Begins to stop the container, until this is dropped.
-    pub fn begin(container: &Cgroup, name: &str) -> Result<Self, AgentError> {
-        let dir = Path::new(init::CGROUP_DIR).join(format!("staging-{name}"));
-        fs::create_dir(&dir).map_err(stopping)?;
-        let this = Self {
-            own: Cgroup { dir },
-            container: Cgroup {
-                dir: container.dir.clone(),
-            },
-        };
-        this.container.freeze(true).map_err(stopping)?;
+impl Standstill {
+    /// Begins to stop them.
+    pub fn begin<'a>(groups: impl Iterator<Item = &'a Cgroup>) -> Result<Self, AgentError> {
+        let mut this = Self { dirs: Vec::new() };
+        for group in groups {
+            freeze(&group.dir, true).map_err(stopping)?;
+            this.dirs.push(group.dir.clone());
+        }
         Ok(this)
     }
 
-    /// Waits until nothing of the container runs any more.
-    pub fn wait_stopped(&self) -> Result<(), AgentError> {
+    /// Waits until nothing in them runs any more.
+    pub fn wait(&self) -> Result<(), AgentError> {
         const PATIENCE: Duration = Duration::from_secs(10);
         let deadline = Instant::now() + PATIENCE;
-        loop {
-            let events = self.container.read("cgroup.events");
-            if keyed(&events, "frozen") != 0 || keyed(&events, "populated") == 0 {
-                return Ok(());
+        for dir in &self.dirs {
+            loop {
+                let events = fs::read_to_string(dir.join("cgroup.events")).unwrap_or_default();
+                if keyed(&events, "frozen") != 0 || keyed(&events, "populated") == 0 {
+                    break;
+                }
+                if Instant::now() >= deadline {
+                    return Err(stopping(Errno::ETIMEDOUT.into()));
+                }
+                std::thread::sleep(Duration::from_micros(200));
             }
-            if Instant::now() >= deadline {
-                return Err(stopping(Errno::ETIMEDOUT.into()));
-            }
-            std::thread::sleep(Duration::from_micros(200));
         }
+        Ok(())
+    }
+
+    /// Leaves them as they are.
+    pub fn keep(mut self) {
+        self.dirs.clear();
+    }
+}
+
+impl Drop for Standstill {
+    fn drop(&mut self) {
+        for dir in &self.dirs {
+            let _ = freeze(dir, false);
+        }
+    }
+}
+
+/// A control group in which a further process of a container is born while the container stands still.
+///
+/// A container that may trace processes could look into one that has the agent's memory until it executes its program.
+/// So nothing of the container runs meanwhile ([`Standstill`]), and the process joins it when it has become its own. What the
+/// process has started by then is here, too, and joins with it.
+#[derive(Debug)]
+pub struct Staging {
+    own: Cgroup,
+    container: PathBuf,
+}
+
+impl Staging {
+    /// For a process of this container.
+    pub fn begin(container: &Cgroup, name: &str) -> Result<Self, AgentError> {
+        let dir = Path::new(init::CGROUP_DIR).join(format!("staging-{name}"));
+        fs::create_dir(&dir).map_err(stopping)?;
+        Ok(Self {
+            own: Cgroup { dir },
+            container: container.dir.clone(),
+        })
     }
 
     /// Where the process is to be born.
@@ -243,32 +273,40 @@ impl Drop for Staging {
         // As long as one is left that could start another; frozen, it soon can't.
         const PATIENCE: Duration = Duration::from_secs(1);
         let deadline = Instant::now() + PATIENCE;
-        let _ = self.own.freeze(true);
+        let _ = freeze(&self.own.dir, true);
         loop {
             let pids = self.own.pids();
             for pid in &pids {
-                let _ = fs::write(self.container.dir.join("cgroup.procs"), pid.to_string());
+                let _ = fs::write(self.container.join("cgroup.procs"), pid.to_string());
             }
             if pids.is_empty() || Instant::now() >= deadline {
                 break;
             }
         }
-        let _ = self.container.freeze(false);
         drop(fs::remove_dir(&self.own.dir));
-        // The container's group isn't this value's to remove.
-        self.container.dir = PathBuf::new();
         self.own.dir = PathBuf::new();
     }
 }
 
+/// Stops what is in a control group, or lets it go on.
+fn freeze(dir: &Path, frozen: bool) -> std::io::Result<()> {
+    fs::write(dir.join("cgroup.freeze"), if frozen { "1" } else { "0" })
+}
+
 impl Cgroup {
-    fn freeze(&self, frozen: bool) -> std::io::Result<()> {
-        fs::write(self.dir.join("cgroup.freeze"), if frozen { "1" } else { "0" })
+    /// Lets what is in it go on.
+    pub fn thaw(&self) -> Result<(), AgentError> {
+        freeze(&self.dir, false).map_err(stopping)
+    }
+
+    /// Whether no process is in it.
+    pub fn is_empty(&self) -> bool {
+        keyed(&self.read("cgroup.events"), "populated") == 0
     }
 }
 
 fn stopping(error: std::io::Error) -> AgentError {
-    AgentError::setup("stopping the container for an exec")(io_errno(&error))
+    AgentError::setup("stopping the container")(io_errno(&error))
 }
 
 /// Unit of /proc/diskstats.

@@ -13,6 +13,8 @@
 //! the same lock; a signal therefore never meets a stranger. A process that is reaped before its starter has
 //! entered its id is kept as unclaimed until then.
 
+mod pod;
+
 use std::{
     collections::HashMap,
     fmt,
@@ -29,7 +31,7 @@ use agent_protocol::{
 use nix::{errno::Errno, sched::CloneFlags, sys::signal::Signal};
 
 use crate::{
-    cgroup::{Cgroup, Staging},
+    cgroup::Cgroup,
     device_filter, devices,
     error::AgentError,
     files, init,
@@ -43,6 +45,8 @@ use crate::{
     sys::{self, Ended},
     terminal, user,
 };
+
+use pod::Group;
 
 /// Execs of one container that are remembered; beyond it the exited ones are forgotten.
 const MAX_EXECS: usize = 1024;
@@ -90,10 +94,10 @@ struct Surroundings {
     cgroup: OwnedFd,
     /// The container's terminals.
     devpts: OwnedFd,
-    /// Whether its processes may look into others; see [`Staging`].
+    /// Whether its processes may look into others.
     traces: bool,
-    /// Held by who stops the container for an exec.
-    stopping: Mutex<()>,
+    /// Those it shares a PID namespace with.
+    group: Group,
     /// Namespaces beside those that every container has.
     further: CloneFlags,
     /// The ids of its user namespace.
@@ -109,6 +113,7 @@ struct Container {
     /// By exec id, the first process's being empty.
     processes: HashMap<String, Entry>,
     oom_kills_seen: u64,
+    paused: bool,
 }
 
 #[derive(Default)]
@@ -165,10 +170,8 @@ impl Containers {
         if self.lock().containers.contains_key(&id) {
             return Err(AgentError::Exists { id });
         }
-        if request.mounts.iter().any(shares::is_share) {
-            // Here, where every container's first process will find them.
-            shares::path(0).map_err(AgentError::setup("mounting the host's shares"))?;
-        }
+        let (joined, group) = self.join(&request)?;
+        shares::make_ready(&request.mounts)?;
         let mut rootfs = MountedRootfs::mount(&id, &request.rootfs, request.all_devices)?;
         rootfs.write_files(&request.files)?;
         shares::copy_up(&rootfs.open_root()?, &request.mounts)?;
@@ -185,7 +188,7 @@ impl Containers {
             cgroup: cgroup.open()?,
             devpts,
             traces: request.process.capabilities.bounding & CAP_SYS_PTRACE != 0,
-            stopping: Mutex::new(()),
+            group,
             further: further_namespaces(&request),
             ids,
         });
@@ -205,6 +208,7 @@ impl Containers {
         let place = Place::New {
             stage: Box::new(stage),
             hooks: Hooks::new(&request).map_err(AgentError::setup("preparing the startContainer hooks"))?,
+            joined,
             request: Box::new(request),
         };
         let entry = prepare(place, &process, &surroundings)?;
@@ -222,6 +226,7 @@ impl Containers {
             rootfs,
             processes: HashMap::from([(String::new(), entry)]),
             oom_kills_seen: 0,
+            paused: false,
         };
         table.containers.insert(id, container);
         Ok(())
@@ -307,31 +312,6 @@ impl Containers {
                 Err(error)
             }
         }
-    }
-
-    /// Makes a process; where its container could look into it, while the container stands still.
-    fn launch(&self, plan: &mut Plan, process: &ProcessRef) -> Result<i32, AgentError> {
-        let surroundings = {
-            let mut table = self.lock();
-            Arc::clone(&table.container(&process.container_id)?.surroundings)
-        };
-        if !surroundings.traces || !matches!(plan.place, Place::Join { .. }) {
-            return process::launch(plan);
-        }
-        // One at a time, so that none lets the container go on while another still needs it to stand.
-        let alone = surroundings
-            .stopping
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let staging = {
-            let mut table = self.lock();
-            Staging::begin(&table.container(&process.container_id)?.cgroup, &process.exec_id)?
-        };
-        plan.cgroup = staging.open()?;
-        let launched = staging.wait_stopped().and_then(|()| process::launch(plan));
-        drop(staging);
-        drop(alone);
-        launched
     }
 
     /// Enters a started process into the table.
@@ -564,14 +544,18 @@ impl Table {
     }
 
     fn record_exit(&mut self, pid: i32, status: Ended) -> Told {
-        let (container, exec_id) = self.containers.values_mut().find_map(|container| {
+        let (container_id, container, exec_id) = self.containers.iter_mut().find_map(|(id, container)| {
             let found = container
                 .processes
                 .iter()
                 .find(|(_, entry)| entry.pid == pid && matches!(entry.state, State::Running));
             let exec_id = found.map(|(exec_id, _)| exec_id.clone())?;
-            Some((container, exec_id))
+            Some((id, container, exec_id))
         })?;
+        if exec_id.is_empty() && container.surroundings.group.owner != *container_id {
+            // In a PID namespace that goes on, nobody else ends what its first process has left.
+            let _ = container.cgroup.kill();
+        }
         let (outcome, core_dumped) = match status {
             Ended::Signal(signal, core) => (Outcome::Signal(signal.unsigned_abs()), core),
             Ended::Code(code) => (Outcome::ExitCode(code.unsigned_abs() & 0xff), false),

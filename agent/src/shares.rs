@@ -1,9 +1,13 @@
 //! What the host shares with this microVM: mounted once, where no container sees it, and shown from there.
 //!
+//! So is a tmpfs that several containers have, such as a pod's `/dev/shm`.
+//!
 //! The file system's root lists the shares by index. Each is shown by a mount of its own, a copy of the one here that begins
 //! at the share, so that nothing leads from one share to another.
 
 use std::{
+    collections::BTreeSet,
+    ffi::CString,
     fs,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
@@ -24,13 +28,19 @@ use nix::{
 use crate::{
     copy_up,
     error::AgentError,
-    mount_api::{move_mount_to, open_tree_clone},
+    mount_api::{
+        ATTRIBUTE_NODEV, ATTRIBUTE_NOSUID, detached_mount, move_mount, move_mount_to, open_tree_clone,
+    },
 };
 
 const SHARES_DIR: &str = "/run/shares";
+/// Where every tmpfs is that several containers have.
+const COMMON_DIR: &str = "/run/common";
 
 /// Whether they are mounted.
 static MOUNTED: Mutex<bool> = Mutex::new(false);
+/// Which common tmpfs there are.
+static COMMON: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 /// Where a share is, for the agent; mounts the shares if they aren't yet.
 pub fn path(share: u32) -> Result<PathBuf, Errno> {
@@ -50,9 +60,51 @@ pub fn path(share: u32) -> Result<PathBuf, Errno> {
     Ok(Path::new(SHARES_DIR).join(share.to_string()))
 }
 
-/// Whether a mount is a share.
-pub fn is_share(entry: &Mount) -> bool {
-    entry.share.is_some()
+/// Whether a mount is a copy of one that is here: a share, or a tmpfs that several containers have.
+pub fn is_here(entry: &Mount) -> bool {
+    entry.share.is_some() || !entry.common_tmpfs.is_empty()
+}
+
+/// Mounts what the mounts of a container are copies of, where every container's first process will find it.
+pub fn make_ready(mounts: &[Mount]) -> Result<(), AgentError> {
+    if mounts.iter().any(|entry| entry.share.is_some()) {
+        path(0).map_err(AgentError::setup("mounting the host's shares"))?;
+    }
+    for entry in mounts.iter().filter(|entry| !entry.common_tmpfs.is_empty()) {
+        make_common(entry).map_err(AgentError::setup(format!(
+            "mounting the common tmpfs {}",
+            entry.common_tmpfs
+        )))?;
+    }
+    Ok(())
+}
+
+/// Mounts a tmpfs that all containers have, the first time.
+fn make_common(entry: &Mount) -> Result<(), Errno> {
+    let mut made = COMMON.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let name = &entry.common_tmpfs;
+    if made.contains(name) {
+        return Ok(());
+    }
+    let encode = |text: &str| CString::new(text).map_err(|_| Errno::EINVAL);
+    // The others are flags, which each container's own mount of it has.
+    let pairs = entry
+        .options
+        .iter()
+        .filter_map(|option| option.split_once('='))
+        .filter(|(key, _)| ["size", "mode", "nr_inodes"].contains(key))
+        .map(|(key, value)| Ok((encode(key)?, encode(value)?)))
+        .collect::<Result<Vec<_>, Errno>>()?;
+    let options: Vec<_> = pairs
+        .iter()
+        .map(|(key, value)| (key.as_c_str(), Some(value.as_c_str())))
+        .collect();
+    let tmpfs = detached_mount(c"tmpfs", &options, ATTRIBUTE_NOSUID | ATTRIBUTE_NODEV)?;
+    let place = Path::new(COMMON_DIR).join(name);
+    fs::create_dir_all(&place).map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+    move_mount(tmpfs.as_fd(), &place)?;
+    made.insert(name.clone());
+    Ok(())
 }
 
 /// Puts what the image has into the volumes that begin with it.
@@ -66,9 +118,13 @@ pub fn copy_up(root: &fs::File, mounts: &[Mount]) -> Result<(), AgentError> {
     Ok(())
 }
 
-/// A copy of the mount that begins at the share. Called while [`path`] leads there.
-pub fn open(share: u32) -> Result<OwnedFd, Errno> {
-    open_tree_clone(&Path::new(SHARES_DIR).join(share.to_string()), false)
+/// A copy of the mount that begins at the share, or of the common tmpfs. Called while [`path`] leads there.
+pub fn open(entry: &Mount) -> Result<OwnedFd, Errno> {
+    let place = match entry.share {
+        Some(share) => Path::new(SHARES_DIR).join(share.to_string()),
+        None => Path::new(COMMON_DIR).join(&entry.common_tmpfs),
+    };
+    open_tree_clone(&place, false)
 }
 
 /// Attaches a share in the container's root, which is this process's. An image, or another share, may have links where it

@@ -145,7 +145,8 @@ fn processes_of(marker: &str) -> Result<Vec<(u32, bool)>> {
     Ok(found)
 }
 
-fn pss_kib(pid: u32) -> Option<f64> {
+/// A process's proportional set size; nothing if it has ended.
+pub fn pss_kib(pid: u32) -> Option<f64> {
     field(
         &fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?,
         "Pss:",

@@ -11,6 +11,7 @@ mod harness;
 mod idle;
 mod import;
 mod oci;
+mod pod;
 mod report;
 mod run;
 mod stats;
@@ -52,6 +53,8 @@ enum Verb {
     Workloads(workloads::WorkloadsArgs),
     /// What an idle container costs in memory, for one and for many
     Density(density::DensityArgs),
+    /// What a pod's idle containers cost in memory, in one microVM and in one each
+    Pod(pod::PodArgs),
     /// How fast bytes go into and out of a container, beside runc
     Stdio(stdio::StdioArgs),
     /// From an image layout to what a container can run on, beside umoci
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Verb::Containerd(args) => containerd::run(args, &cli.out),
         Verb::Workloads(args) => workloads::run(args, &cli.out),
         Verb::Density(args) => density::run(args, &cli.out),
+        Verb::Pod(args) => pod::run(args, &cli.out),
         Verb::Stdio(args) => stdio::run(args, &cli.out),
         Verb::Import(args) => import::run(args, &cli.out),
     };

@@ -7,7 +7,7 @@ use clap::Args;
 use oci_spec::runtime::Spec;
 use sandbox::{
     Components, SandboxError,
-    bundle::{BundleError, BundleState, BundleStdio, CreateBundle},
+    bundle::{BundleError, BundleState, BundleStdio, CreateBundle, PodRole},
     oci_spec::load,
 };
 
@@ -94,6 +94,7 @@ impl Making {
             spec,
             stdio,
             systemd_cgroup: global.systemd_cgroup,
+            pod: PodRole::Alone,
             components: &components,
         };
         let state = global.bundles()?.create(request).map_err(explained)?;

@@ -14,7 +14,7 @@
 use std::{
     fs::File,
     os::{
-        fd::{AsFd as _, BorrowedFd},
+        fd::{AsFd as _, BorrowedFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
     },
     time::{Duration, Instant},
@@ -105,6 +105,8 @@ pub(crate) struct Shape {
     pub(crate) memory_mib: u64,
     pub(crate) disks: Vec<Disk>,
     pub(crate) shares: Vec<OpenShare>,
+    /// Where further ones will come from.
+    pub(crate) share_orders: Option<OwnedFd>,
     /// Network devices, to be connected later.
     pub(crate) net: usize,
     /// Further words for its kernel.
@@ -134,6 +136,7 @@ pub(crate) fn boot(
         cmdline: [&[CMDLINE, verbosity], words.as_slice()].concat().join(" "),
         disks: shape.disks,
         shares: shape.shares,
+        share_orders: shape.share_orders,
         vsock,
         guest_port: (READY_PORT, guest_end),
         console,
@@ -181,6 +184,7 @@ impl MicroVm {
             memory_mib: record.spec.memory_mib,
             disks,
             shares,
+            share_orders: None,
             net: record.spec.network.devices(),
             kernel_params: Vec::new(),
         };

@@ -8,7 +8,7 @@
 use std::{
     fs, io,
     os::{
-        fd::{AsFd as _, OwnedFd},
+        fd::{AsFd as _, BorrowedFd, OwnedFd},
         unix::fs::FileTypeExt as _,
     },
     path::{Path, PathBuf},
@@ -133,6 +133,11 @@ fn open_as_user(source: &Path, share: &ShareSpec) -> Result<OwnedFd> {
         .map_err(|errno| SandboxError::io("sharing", source)(errno.into()))
 }
 
+/// Lets the guest write to a share that was read-only.
+pub(crate) fn allow_writing(share: BorrowedFd<'_>) -> io::Result<()> {
+    raw::clear_read_only(share)
+}
+
 fn clone_mount(source: &Path, share: &ShareSpec) -> io::Result<OwnedFd> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     flags.set(OpenTreeFlags::AT_RECURSIVE, share.recursive);
@@ -148,16 +153,35 @@ mod raw {
         os::fd::{AsRawFd as _, BorrowedFd},
     };
 
+    /// Lets a detached mount that was read-only be written to.
+    pub(super) fn clear_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
+        change(
+            mount,
+            &libc::mount_attr {
+                attr_set: 0,
+                attr_clr: libc::MOUNT_ATTR_RDONLY,
+                propagation: 0,
+                userns_fd: 0,
+            },
+        )
+    }
+
     /// For a mount and all below it: no set-user-id programs, no devices, no writing where `read_only`, and no mounts that
     /// come or go with the host's.
     pub(super) fn set_mount_attributes(mount: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
         let read_only = if read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
-        let attributes = libc::mount_attr {
-            attr_set: libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | read_only,
-            attr_clr: 0,
-            propagation: libc::MS_PRIVATE,
-            userns_fd: 0,
-        };
+        change(
+            mount,
+            &libc::mount_attr {
+                attr_set: libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | read_only,
+                attr_clr: 0,
+                propagation: libc::MS_PRIVATE,
+                userns_fd: 0,
+            },
+        )
+    }
+
+    fn change(mount: BorrowedFd<'_>, attributes: &libc::mount_attr) -> io::Result<()> {
         // SAFETY: the path is empty and NUL-terminated, the structure is whole and its size given; only the mount of the
         // descriptor is changed.
         let result = unsafe {
@@ -166,8 +190,8 @@ mod raw {
                 mount.as_raw_fd(),
                 c"".as_ptr(),
                 libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
-                &raw const attributes,
-                size_of_val(&attributes),
+                std::ptr::from_ref(attributes),
+                size_of_val(attributes),
             )
         };
         if result == 0 {

@@ -65,6 +65,8 @@ pub(crate) struct VmParts {
     /// The first one is the root of the microVM.
     pub(crate) disks: Vec<Disk>,
     pub(crate) shares: Vec<OpenShare>,
+    /// Where further ones will come from.
+    pub(crate) share_orders: Option<OwnedFd>,
     pub(crate) vsock: UnixListener,
     /// Port on the host and the stream that serves it.
     pub(crate) guest_port: (u32, UnixStream),
@@ -352,6 +354,7 @@ fn config<'a>(parts: &'a VmParts, fds: &mut Vec<BorrowedFd<'a>>) -> VmConfig {
             exclusive: share.exclusive,
         })
         .collect();
+    let orders = parts.share_orders.as_ref().map(|orders| attach(orders.as_fd()));
     let (port, stream) = &parts.guest_port;
     VmConfig {
         vcpu_count: parts.vcpus,
@@ -365,6 +368,7 @@ fn config<'a>(parts: &'a VmParts, fds: &mut Vec<BorrowedFd<'a>>) -> VmConfig {
         fs: (!shares.is_empty()).then(|| FsConfig {
             tag: agent_protocol::SHARES_TAG.to_owned(),
             shares,
+            orders,
         }),
         net: (0..parts.net).map(net_device).collect(),
         vsock: Some(VsockConfig {

@@ -13,7 +13,7 @@ use rustix::process::{Pid, WaitOptions, waitpid};
 use sandbox::{
     Components, Directories,
     agent_client::{AgentClient, CALL_TIMEOUT, Pending},
-    bundle::{BundleError, BundleExit, BundleStdio, Bundles, CreateBundle},
+    bundle::{BundleError, BundleExit, BundleStdio, Bundles, CreateBundle, PodRole},
     log_driver::OutputStream,
 };
 use sha2::{Digest as _, Sha256};
@@ -58,8 +58,14 @@ impl MicroVms {
         })
     }
 
-    /// Makes one, with the container in it; its process waits to be started. The pid of the process that stands for it.
-    pub fn create(&self, id: &str, bundle: &Path, spec: Spec, streams: Streams) -> Result<(MicroVm, u32)> {
+    /// Makes one with the container in it, or the container in that of its pod; its process waits to be started. The pid of the process that stands for it.
+    pub fn create(
+        &self,
+        (id, bundle): (&str, &Path),
+        spec: Spec,
+        pod: PodRole,
+        streams: Streams,
+    ) -> Result<(MicroVm, u32)> {
         if let Some(stdin) = &streams.stdin {
             // Whoever reads it waits for what comes.
             rustix::io::ioctl_fionbio(stdin, false).map_err(ShimError::system("preparing stdin"))?;
@@ -75,6 +81,7 @@ impl MicroVms {
                 console_socket: None,
             },
             systemd_cgroup: names_a_scope(&spec),
+            pod,
             components: &Components::find()?,
         })?;
         let pid = u32::try_from(state.pid).unwrap_or(0);
@@ -84,6 +91,13 @@ impl MicroVms {
             monitor: Pid::from_raw(state.pid),
         };
         Ok((microvm, pid))
+    }
+
+    /// Whether a container's microVM is that of a pod, for others to be in.
+    pub fn is_pods(&self, id: &str) -> bool {
+        self.bundles
+            .state(id)
+            .is_ok_and(|state| state.pod == PodRole::Sandbox)
     }
 
     /// Ends and removes one, whatever state it is in; the pid it had, and how it ended if it has by itself.

@@ -10,6 +10,8 @@
 //! | IPC, `/dev/shm` | each container has its own |
 //! | processes (`shareProcessNamespace`) | refused |
 //!
+//! A pod that asks for it is one microVM: then its containers share all of that, as `sandbox::bundle` has it.
+//!
 //! containerd tells by annotations which container is which.
 
 use std::{
@@ -19,12 +21,23 @@ use std::{
 };
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
+use sandbox::{
+    SandboxError,
+    bundle::{BundleError, PodRole},
+    oci_spec::is_pod_microvm,
+};
+
+use crate::error::{Result, ShimError};
 
 /// Annotations that tell a pod's sandbox container from its others.
 const KINDS: [&str; 2] = [
     "io.kubernetes.cri.container-type",
     "io.kubernetes.cri-o.ContainerType",
 ];
+
+/// Annotations that name a container's pod by its sandbox.
+const SANDBOXES: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID"];
+const POD: &str = "annotations.io.hull.pod";
 
 /// What a container is to its pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +61,34 @@ impl Role {
             Some("sandbox") => Self::Sandbox,
             Some("container") => Self::Member,
             _ => Self::None,
+        }
+    }
+}
+
+/// What a container is to the microVM of its pod, where the pod is one; `is_pods` says so of a sandbox.
+pub fn role_in_microvm(spec: &Spec, role: Role, is_pods: impl Fn(&str) -> bool) -> Result<PodRole> {
+    let wanted = is_pod_microvm(spec).map_err(|error| BundleError::from(SandboxError::from(error)))?;
+    match role {
+        Role::None => Ok(PodRole::Alone),
+        Role::Sandbox if wanted => Ok(PodRole::Sandbox),
+        Role::Sandbox => Ok(PodRole::Alone),
+        Role::Member => {
+            let sandbox = SANDBOXES
+                .iter()
+                .find_map(|name| spec.annotations().as_ref()?.get(*name))
+                .filter(|sandbox| is_pods(sandbox));
+            match sandbox {
+                Some(sandbox) => Ok(PodRole::Member {
+                    sandbox: sandbox.clone(),
+                }),
+                None if wanted => Err(ShimError::Refused {
+                    field: POD.into(),
+                    problem: "the pod wasn't made as one microVM, or that has ended; the annotation has to be on the pod, and \
+                              in the runtime's pod_annotations"
+                        .into(),
+                }),
+                None => Ok(PodRole::Alone),
+            }
         }
     }
 }
@@ -131,6 +172,37 @@ mod tests {
             r#"{"ociVersion":"1.1.0","annotations":{"io.kubernetes.cri.container-type":"sandbox"}}"#;
         assert_eq!(Role::of(&spec(sandbox)), Role::Sandbox);
         assert_eq!(Role::of(&spec(r#"{"ociVersion":"1.1.0"}"#)), Role::None);
+    }
+
+    #[test]
+    fn pod_is_one_microvm_where_its_sandbox_says_so() {
+        let with = |kind: &str, pod: &str| {
+            let text = format!(
+                r#"{{"ociVersion":"1.1.0","annotations":{{"io.kubernetes.cri.container-type":"{kind}",
+                "io.kubernetes.cri.sandbox-id":"pod1"{pod}}}}}"#
+            );
+            spec(&text)
+        };
+        let (asked, not) = (r#","io.hull.pod":"microvm""#, "");
+        let role = |spec: &Spec, is_pods: bool| {
+            role_in_microvm(spec, Role::of(spec), |id| {
+                assert_eq!(id, "pod1");
+                is_pods
+            })
+        };
+        assert_eq!(role(&with("sandbox", asked), false).unwrap(), PodRole::Sandbox);
+        assert_eq!(role(&with("sandbox", not), false).unwrap(), PodRole::Alone);
+        let member = PodRole::Member {
+            sandbox: "pod1".into(),
+        };
+        assert_eq!(role(&with("container", asked), true).unwrap(), member);
+        assert_eq!(role(&with("container", not), true).unwrap(), member);
+        assert_eq!(role(&with("container", not), false).unwrap(), PodRole::Alone);
+        let error = role(&with("container", asked), false).unwrap_err().to_string();
+        assert!(error.contains("io.hull.pod"), "{error}");
+        let wrong = r#","io.hull.pod":"yes""#;
+        let error = role(&with("sandbox", wrong), false).unwrap_err();
+        assert!(error.chain().contains("neither microvm"), "{}", error.chain());
     }
 
     #[test]

@@ -18,6 +18,7 @@ use containerd_shim_protos::{
     types::{empty::Empty, task::ProcessInfo},
 };
 use oci_spec::runtime::{LinuxResources, Process as ProcessSpec, Spec};
+use sandbox::bundle::PodRole;
 use serde::de::DeserializeOwned;
 
 use crate::{
@@ -139,7 +140,9 @@ impl Service {
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         };
-        let (body, init) = if Role::of(&spec) == Role::Sandbox {
+        let role = Role::of(&spec);
+        let in_pod = pod::role_in_microvm(&spec, role, |sandbox| self.microvms.is_pods(sandbox))?;
+        let (body, init) = if role == Role::Sandbox && in_pod == PodRole::Alone {
             let pod = pause::Pod {
                 id: &request.id,
                 hostname: spec.hostname().as_deref(),
@@ -149,13 +152,15 @@ impl Service {
             let init = Process::new(child.id(), crate::stdio::KeptEnds::default());
             (Body::Pod(Mutex::new(child)), init)
         } else {
-            if Role::of(&spec) == Role::Member {
+            if role == Role::Member && in_pod == PodRole::Alone {
                 pod::separate(&mut spec, &request.id, &self.interfaces);
             }
             rootfs::mount_all(&bundle, &request.rootfs)?;
             let mut streams = names.open((&request.id, &self.namespace))?;
             let kept = std::mem::take(&mut streams.kept);
-            let (microvm, pid) = self.microvms.create(&request.id, &bundle, spec, streams)?;
+            let (microvm, pid) = self
+                .microvms
+                .create((&request.id, &bundle), spec, in_pod, streams)?;
             (Body::MicroVm(microvm), Process::new(pid, kept))
         };
         let pid = init.pid;

@@ -23,7 +23,7 @@ pub use messages::cri::{
     ContainerStatus, ContainerStatusResponse, CreateContainerRequest, CreateContainerResponse, Empty,
     ExecSyncRequest, ExecSyncResponse, ImageSpec, KeyValue, LinuxContainer, LinuxPod, LinuxResources, Mount,
     NamespaceOptions, PodConfig, PodMetadata, PodRequest, PodSecurity, PodStatusResponse, RunPodRequest,
-    RunPodResponse,
+    RunPodResponse, UpdateContainerRequest,
 };
 
 /// One call; a pod's may set up networks.
@@ -235,14 +235,19 @@ impl Cri {
         }
     }
 
-    /// Run a command in a container: its exit code, stdout and stderr.
-    pub fn exec(&self, id: &str, command: &[&str]) -> (i32, String, String) {
-        let request = ExecSyncRequest {
+    /// What `ExecSync` takes.
+    pub fn exec_request(id: &str, command: &[&str]) -> ExecSyncRequest {
+        ExecSyncRequest {
             container_id: id.to_owned(),
             cmd: command.iter().map(|word| (*word).to_owned()).collect(),
             timeout: 120,
             ..ExecSyncRequest::default()
-        };
+        }
+    }
+
+    /// Run a command in a container: its exit code, stdout and stderr.
+    pub fn exec(&self, id: &str, command: &[&str]) -> (i32, String, String) {
+        let request = Self::exec_request(id, command);
         let answer: ExecSyncResponse = self.ask("ExecSync", &request);
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim_end().to_owned();
         (answer.exit_code, text(answer.stdout), text(answer.stderr))

@@ -181,6 +181,9 @@ pub struct FsConfig {
     pub tag: String,
     /// The shares; the root the guest mounts lists them as `0`, `1`, and so on.
     pub shares: Vec<FsShareConfig>,
+    /// One end of a connected `SOCK_SEQPACKET` pair, over which [`ShareOrder`](crate::ShareOrder)s come while the guest runs.
+    #[serde(default)]
+    pub orders: Option<ResourceRef>,
 }
 
 fn default_tag() -> String {

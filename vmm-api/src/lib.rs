@@ -24,6 +24,7 @@ mod config;
 mod frame;
 mod message;
 mod metrics;
+mod share_orders;
 
 pub use client::{Client, ClientError};
 pub use config::{
@@ -40,6 +41,7 @@ pub use message::{
 pub use metrics::{
     BootPhase, ControlMetrics, DeviceMetrics, ExitCounts, MetricsReport, StartMetrics, VcpuMetrics,
 };
+pub use share_orders::{MAX_LIVE_SHARES, SHARE_MESSAGE_BYTES, ShareOrder, ShareReply};
 
 /// Version carried by every frame. It changes when a message changes incompatibly.
 pub const PROTOCOL_VERSION: u16 = 1;

@@ -2,12 +2,10 @@
 
 use super::{
     Bounded, InvalidMessage, MAX_FILE_BYTES, MAX_LIST_ENTRIES, MAX_PATH_BYTES, check_id, check_list,
-    check_path, check_strings, check_text, require,
+    check_optional_id, check_path, check_strings, check_text, require,
 };
 use crate::{CreateContainerRequest, IdMapping, Resources, UpdateContainerRequest};
 
-/// Most directories and files of the host that a microVM sees.
-pub const MAX_SHARES: u32 = 1024;
 /// Most rules of which devices may be opened.
 pub const MAX_DEVICE_RULES: usize = 1024;
 /// Most files of a control group.
@@ -39,10 +37,11 @@ impl Bounded for CreateContainerRequest {
                 .options
                 .iter()
                 .try_for_each(|option| check_text("mounts.options", option, 1024))?;
+            check_optional_id("mounts.common_tmpfs", &mount.common_tmpfs)?;
             require(
-                mount.share.is_none_or(|share| share < MAX_SHARES),
-                "mounts.share",
-                "is above any share's number",
+                mount.share.is_none() || mount.common_tmpfs.is_empty(),
+                "mounts.common_tmpfs",
+                "is named for a share",
             )?;
         }
         for (field, paths) in [
@@ -146,6 +145,11 @@ fn check_mappings(field: &'static str, mappings: &[IdMapping]) -> Result<(), Inv
 }
 
 fn check_namespaces(request: &CreateContainerRequest) -> Result<(), InvalidMessage> {
+    if let Some(joined) = request.joined.as_ref() {
+        for id in [&joined.ipc, &joined.uts, &joined.pid] {
+            check_optional_id("joined", id)?;
+        }
+    }
     if let Some(user) = request.user_namespace.as_ref() {
         check_mappings("user_namespace.uid_mappings", &user.uid_mappings)?;
         check_mappings("user_namespace.gid_mappings", &user.gid_mappings)?;

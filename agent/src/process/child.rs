@@ -2,9 +2,10 @@
 //!
 //! Invariants: it never returns and never panics on purpose; it takes no lock of the agent. A process that joins a
 //! container can be killed by it at any instruction, so on that path nothing is allocated or freed: the agent's
-//! allocator can't be left locked. (A container's first process can be killed by nobody before it runs its program.)
+//! allocator can't be left locked. (A container's first process can be killed by nobody before it runs its program: if it
+//! is born in the PID namespace of another container, that one stands still meanwhile.)
 //! Nothing of a container can look into it: the agent isn't dumpable, and a container that may look nevertheless
-//! (`CAP_SYS_PTRACE`) stands still meanwhile (`cgroup::Staging`).
+//! (`CAP_SYS_PTRACE`) stands still meanwhile (`containers::pod`).
 
 use std::{
     convert::Infallible,
@@ -35,6 +36,8 @@ pub enum Place {
     New {
         /// What is ready to be mounted.
         stage: Box<Stage>,
+        /// Namespaces of other containers, in place of its own.
+        joined: Joined,
         /// Programs to run before its own.
         hooks: Hooks,
         /// Everything else.
@@ -64,6 +67,45 @@ pub struct Plan {
     pub stdio: [OwnedFd; 3],
     /// The number of the terminal in the container's devpts that all three are, if they are one.
     pub terminal: Option<u32>,
+}
+
+/// The first processes of the containers whose namespaces a container has.
+#[derive(Debug, Default)]
+pub struct Joined {
+    /// For System V objects and message queues.
+    pub ipc: Option<OwnedFd>,
+    /// For the host's name.
+    pub uts: Option<OwnedFd>,
+    /// For processes.
+    pub pid: Option<OwnedFd>,
+}
+
+impl Joined {
+    /// The namespaces a container has of its own.
+    pub(super) fn own_namespaces(&self) -> CloneFlags {
+        let joined = [
+            (&self.ipc, CloneFlags::CLONE_NEWIPC),
+            (&self.uts, CloneFlags::CLONE_NEWUTS),
+            (&self.pid, CloneFlags::CLONE_NEWPID),
+        ];
+        joined
+            .into_iter()
+            .filter(|(container, _)| container.is_some())
+            .fold(own_namespaces(), |own, (_, kind)| own.difference(kind))
+    }
+
+    /// Joins those that a process can join after its birth.
+    fn enter(&self) -> Result<(), Errno> {
+        for (container, kind) in [
+            (&self.ipc, CloneFlags::CLONE_NEWIPC),
+            (&self.uts, CloneFlags::CLONE_NEWUTS),
+        ] {
+            if let Some(container) = container {
+                setns(container, kind)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// `CLONE_NEWTIME`, which nix lacks.
@@ -142,11 +184,12 @@ unsafe extern "C" fn run(argument: *mut libc::c_void) -> ! {
 
 fn become_program(plan: &Plan, handshake: Option<&Handshake>) -> Result<Infallible, Failure> {
     match &plan.place {
-        Place::New { request, .. } => {
+        Place::New { request, joined, .. } => {
             if let Some(handshake) = handshake {
                 handshake.become_root()?;
             }
             unshare(CloneFlags::CLONE_NEWCGROUP).map_err(failed("creating namespaces"))?;
+            joined.enter().map_err(failed("joining another container"))?;
             if let Some(time) = request.time_namespace.as_ref() {
                 enter_time(time)?;
             }
@@ -165,10 +208,15 @@ fn become_program(plan: &Plan, handshake: Option<&Handshake>) -> Result<Infallib
         }
     }
     setsid().map_err(failed("setsid"))?;
-    if let Place::New { stage, request, .. } = &plan.place {
-        sethostname(&request.hostname).map_err(failed("setting the hostname"))?;
-        if !request.domainname.is_empty() {
-            sys::set_domain_name(&request.domainname).map_err(failed("setting the domain's name"))?;
+    if let Place::New {
+        stage,
+        request,
+        joined,
+        ..
+    } = &plan.place
+    {
+        if joined.uts.is_none() {
+            set_names(request)?;
         }
         mounts::enter(stage, request)?;
         if let Some(number) = plan.terminal {
@@ -192,6 +240,14 @@ fn become_program(plan: &Plan, handshake: Option<&Handshake>) -> Result<Infallib
         hooks.run()?;
     }
     Err(plan.program.execute())
+}
+
+fn set_names(request: &CreateContainerRequest) -> Result<(), Failure> {
+    sethostname(&request.hostname).map_err(failed("setting the hostname"))?;
+    if !request.domainname.is_empty() {
+        sys::set_domain_name(&request.domainname).map_err(failed("setting the domain's name"))?;
+    }
+    Ok(())
 }
 
 /// Makes a time namespace, which the process is in from the moment it executes its program.

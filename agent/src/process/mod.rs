@@ -29,7 +29,7 @@ use nix::{
     sched::{CloneFlags, setns},
 };
 
-pub use child::{NEW_TIME, Place, Plan};
+pub use child::{Joined, NEW_TIME, Place, Plan};
 pub use credentials::Credentials;
 pub use hooks::Hooks;
 pub use mounts::Stage;
@@ -47,11 +47,15 @@ use user_namespace::Handshake;
 pub fn launch(plan: &Plan) -> Result<i32, AgentError> {
     let mut report = None;
     let (attempt, cloned) = match &plan.place {
-        Place::New { request, .. } => match request.user_namespace.as_ref() {
+        Place::New { request, joined, .. } => match request.user_namespace.as_ref() {
             Some(namespace) => launch_mapped(plan, namespace)?,
             None => {
                 let mut attempt = Attempt::new(plan);
-                let cloned = attempt.clone_child(child::own_namespaces());
+                let namespaces = joined.own_namespaces();
+                let cloned = match &joined.pid {
+                    Some(container) => born_in(container, || attempt.clone_child(namespaces))?,
+                    None => attempt.clone_child(namespaces),
+                };
                 (attempt.failure(), cloned)
             }
         },
@@ -60,14 +64,7 @@ pub fn launch(plan: &Plan) -> Result<i32, AgentError> {
                 report = Some(Report::new().map_err(AgentError::setup("creating a pipe"))?);
             }
             let mut attempt = Attempt::new(plan).with_report(report.as_ref());
-            let own = own_pid_namespace().map_err(AgentError::setup("opening the agent's PID namespace"))?;
-            setns(pidfd, CloneFlags::CLONE_NEWPID).map_err(AgentError::setup("joining the container"))?;
-            let cloned = attempt.clone_child(CloneFlags::empty());
-            if let Err(errno) = setns(own.as_fd(), CloneFlags::CLONE_NEWPID) {
-                // This thread could only make processes in the container from now on.
-                log!("leaving the container's PID namespace: {errno}");
-                std::process::abort();
-            }
+            let cloned = born_in(pidfd, || attempt.clone_child(CloneFlags::empty()))?;
             (attempt.failure(), cloned)
         }
     };
@@ -76,6 +73,22 @@ pub fn launch(plan: &Plan) -> Result<i32, AgentError> {
         (Some(failure), _) => Err(failure.explain(plan.program.command(), plan.credentials.cwd())),
         (None, cloned) => cloned.map_err(AgentError::setup("clone")),
     }
+}
+
+/// Makes a process in the PID namespace of a container that runs.
+fn born_in(
+    container: &OwnedFd,
+    make: impl FnOnce() -> Result<i32, Errno>,
+) -> Result<Result<i32, Errno>, AgentError> {
+    let own = own_pid_namespace().map_err(AgentError::setup("opening the agent's PID namespace"))?;
+    setns(container, CloneFlags::CLONE_NEWPID).map_err(AgentError::setup("joining the container"))?;
+    let made = make();
+    if let Err(errno) = setns(own.as_fd(), CloneFlags::CLONE_NEWPID) {
+        // This thread could only make processes in the container from now on.
+        log!("leaving the container's PID namespace: {errno}");
+        std::process::abort();
+    }
+    Ok(made)
 }
 
 /// What became of an attempt: what the process said, and its id.

@@ -97,10 +97,9 @@ impl Sources {
         let shares = request
             .mounts
             .iter()
-            .filter(|entry| shares::is_share(entry))
+            .filter(|entry| shares::is_here(entry))
             .map(|entry| {
-                let share = entry.share.unwrap_or_default();
-                shares::open(share).map_err(failed(format!("opening share {share}")))
+                shares::open(entry).map_err(failed(format!("opening the source of {}", entry.destination)))
             });
         Ok(Self {
             files: files.collect::<Result<_, _>>()?,
@@ -122,7 +121,7 @@ pub(super) fn enter(stage: &Stage, request: &CreateContainerRequest) -> Result<(
     for entry in &request.mounts {
         let target = Path::new(&entry.destination);
         let mounted = match entry.type_.as_str() {
-            _ if shares::is_share(entry) => sources.shares.next().map_or(Err(Errno::ENODEV), |share| {
+            _ if shares::is_here(entry) => sources.shares.next().map_or(Err(Errno::ENODEV), |share| {
                 mount_share(&share, entry, request.all_devices)
             }),
             "devpts" => devpts.take().map_or(Err(Errno::EBUSY), |devpts| {
@@ -144,7 +143,7 @@ pub(super) fn enter(stage: &Stage, request: &CreateContainerRequest) -> Result<(
         leave_old_root()?;
     }
     // A /dev that is the host's has what it has.
-    let shared_dev = |entry: &Mount| shares::is_share(entry) && entry.destination == "/dev";
+    let shared_dev = |entry: &Mount| entry.share.is_some() && entry.destination == "/dev";
     if !request.mounts.iter().any(shared_dev) {
         populate_dev(&sources.devices)?;
     }

@@ -8,9 +8,10 @@ use std::{
 
 use agent_protocol::{
     Archive, ArchiveRequest, CloseStdin, ConfigureNetwork, Connect, ConnectRequest, ConnectResponse,
-    CreateContainer, CreateExec, DecodeError, Empty, Extract, ExtractRequest, GetStats, ListProcesses,
-    ListProcessesResponse, Method, PROTOCOL_VERSION, PathStat, ProcessRef, ResizeTty, SERVICE, Shutdown,
-    SignalProcess, StartProcess, StartProcessResponse, StatPath, UpdateContainer, WaitProcess, decode,
+    CreateContainer, CreateExec, DecodeError, Empty, Extract, ExtractRequest, FreezeContainer, GetStats,
+    ListProcesses, ListProcessesResponse, Method, PROTOCOL_VERSION, PathStat, ProcessRef, RemoveContainer,
+    ResizeTty, SERVICE, Shutdown, SignalProcess, StartProcess, StartProcessResponse, StatPath,
+    UpdateContainer, WaitProcess, decode,
     envelope::Request,
     stdio::{Stream, StreamHeader},
 };
@@ -145,6 +146,15 @@ impl Connection {
             }
             ConfigureNetwork::NAME => {
                 network::configure(&decode_as::<ConfigureNetwork>(request)?)?;
+                responder.succeed(&Empty::default());
+            }
+            RemoveContainer::NAME => {
+                containers.remove(&decode_as::<RemoveContainer>(request)?.container_id)?;
+                responder.succeed(&Empty::default());
+            }
+            FreezeContainer::NAME => {
+                let freeze = decode_as::<FreezeContainer>(request)?;
+                containers.freeze(&freeze.container_id, freeze.frozen)?;
                 responder.succeed(&Empty::default());
             }
             Shutdown::NAME => {

@@ -20,7 +20,7 @@ use super::{
     home::{Home, Homes, check_id, sandbox_id},
     hooks,
     protocol::{LaunchRequest, Reply, Request},
-    record::{BundleExit, BundleRecord, BundleState, BundleStatus, RECORD_VERSION},
+    record::{BundleExit, BundleRecord, BundleState, BundleStatus, PodRole, RECORD_VERSION},
     relay::BundleStdio,
     server::is_exited,
 };
@@ -57,6 +57,8 @@ pub struct CreateBundle<'a> {
     pub stdio: BundleStdio,
     /// Whether `linux.cgroupsPath` is `slice:prefix:name`, as systemd names scopes.
     pub systemd_cgroup: bool,
+    /// Whether its microVM is a pod's.
+    pub pod: PodRole,
     /// The parts of the installation.
     pub components: &'a Components,
 }
@@ -160,6 +162,7 @@ impl Bundles {
             exit: None,
             cgroups: Vec::new(),
             network: crate::network::NetworkMode::None,
+            pod: request.pod.clone(),
             poststop_done: false,
         };
         home.write_config(&config)?;

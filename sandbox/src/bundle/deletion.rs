@@ -204,7 +204,10 @@ mod tests {
     use std::{collections::BTreeMap, fs, os::unix::fs::DirBuilderExt as _, path::PathBuf};
 
     use super::*;
-    use crate::bundle::{home::sandbox_id, record::RECORD_VERSION};
+    use crate::bundle::{
+        home::sandbox_id,
+        record::{PodRole, RECORD_VERSION},
+    };
 
     struct World {
         _dir: tempfile::TempDir,
@@ -250,6 +253,7 @@ mod tests {
             exit: None,
             cgroups: vec![world.cgroup.clone()],
             network: crate::network::NetworkMode::None,
+            pod: PodRole::Alone,
             poststop_done: false,
         })
         .unwrap();

@@ -5,7 +5,7 @@
 //! <root>/<id>/state.json     the record, written to a temporary name, then renamed
 //! <root>/<id>/config.json    the configuration as it was when the container was created
 //! <root>/<id>/monitor.sock   the monitor's
-//! <root>/<id>/vsock.sock     the VMM's way to the agent
+//! <root>/<id>/vsock.sock     the VMM's way to the agent; a link to the sandbox container's where a pod is one microVM
 //! <root>/.jail-uids/<uid>    symbolic link whose target is the id whose VMM has this user id
 //! ```
 //!
@@ -345,6 +345,15 @@ impl Home {
     /// Listens for streams to the agent.
     pub(super) fn listen_vsock(&self) -> Result<UnixListener> {
         self.listen(VSOCK_SOCKET)
+    }
+
+    /// Has streams to the agent go by the VMM of another container beneath the same root.
+    pub(super) fn borrow_vsock(&self, id: &str) -> Result<()> {
+        check_id(id)?;
+        let path = self.path.join(VSOCK_SOCKET);
+        symlink(Path::new("..").join(id).join(VSOCK_SOCKET), &path)
+            .map_err(SandboxError::io("creating", path))
+            .map_err(Into::into)
     }
 
     /// Connects to the VMM for a stream to the agent.

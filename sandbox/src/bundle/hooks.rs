@@ -196,6 +196,7 @@ mod tests {
             created_ms: 0,
             exit: None,
             cgroups: Vec::new(),
+            pod: crate::bundle::PodRole::Alone,
         }
     }
 

@@ -19,9 +19,13 @@ use super::{
     error::{BundleError, Refusal, Result},
     home::Home,
     hooks::state_json,
+    machine::{Machine, OwnMachine},
+    member,
     mount_view::MountView,
-    protocol::{LaunchRequest, Reply, Request},
-    record::{BundleRecord, BundleState, BundleStatus},
+    pod::Pod,
+    pod_shares::PodShares,
+    protocol::{self, LaunchRequest, Reply},
+    record::{BundleRecord, BundleState, BundleStatus, PodRole},
     relay::{AllSignals, BundleStdio, Ends},
     server::Server,
 };
@@ -31,8 +35,8 @@ use crate::{
     container_record::RunInfo,
     lifecycle::{Shape, boot, wait_ready},
     monitor::{Connection, Incoming},
-    network::{NetworkMode, interfaces_here},
-    oci_spec::{Network, Policy, Translated, translate},
+    network::{NetworkMode, Wiring, interfaces_here},
+    oci_spec::{Network, PodPart, Policy, Translated, translate_in_pod},
     rootfs::RootfsSpec,
     shares,
     stdio::connect_ports,
@@ -44,9 +48,7 @@ use crate::{
 pub(super) struct Created {
     // The order of fields is the order of destruction.
     pub(super) agent: AgentClient,
-    pub(super) vmm: Vmm,
-    /// Interfaces it can have.
-    pub(super) devices: usize,
+    pub(super) machine: Machine,
     /// What the host sees of its mounts.
     pub(super) view: Option<MountView>,
     pub(super) ends: Ends,
@@ -65,14 +67,21 @@ pub(crate) fn serve(
     let home = Home::inherited(request.home, dir);
     let stdio = BundleStdio::planned(request.stdio, fds);
     let Ok(Some(mut record)) = home.read() else { return };
-    let created = launch(
-        &home,
-        &mut record,
-        &request.components,
-        stdio,
-        &mut connection,
-        (request.hooks, request.systemd_cgroup),
-    );
+    let (hooks, systemd_cgroup) = (request.hooks, request.systemd_cgroup);
+    let created = match record.pod.clone() {
+        PodRole::Member { sandbox } => {
+            let options = (sandbox.as_str(), hooks, systemd_cgroup);
+            member::launch(&home, &mut record, stdio, &mut connection, options)
+        }
+        _ => launch(
+            &home,
+            &mut record,
+            &request.components,
+            stdio,
+            &mut connection,
+            (hooks, systemd_cgroup),
+        ),
+    };
     match created.and_then(|created| Server::new(home, record, created)) {
         Ok(server) => server.run(connection),
         // What this process was part of can only be removed when it is gone: by the client, or who finds it.
@@ -94,7 +103,10 @@ fn launch(
         systemd_cgroup,
         ..Policy::of_host()
     };
-    let mut translated = translate(&spec, &record.bundle, &policy).map_err(SandboxError::from)?;
+    let is_pods = record.pod == PodRole::Sandbox;
+    let part = is_pods.then_some(PodPart::Sandbox);
+    let translated = translate_in_pod(&spec, &record.bundle, &policy, part.as_ref());
+    let mut translated = translated.map_err(SandboxError::from)?;
     record.memory_mib = translated.memory_mib;
     enter_network(&translated.network)?;
     if let Network::Join(path) = &translated.network {
@@ -107,10 +119,15 @@ fn launch(
     record.run = Some(RunInfo::of_this_process()?);
     home.write(record)?;
     record.cgroups = cgroups.make()?;
-    cgroups.limit(&HostLimits {
+    let mut limits = HostLimits {
         memory_bytes: Some(memory_of(translated.memory_mib)),
         ..HostLimits::of_cpu(&translated.host_resources)
-    })?;
+    };
+    if is_pods {
+        // As little as a sandbox container needs, which is all the pod here.
+        limits.cpu_shares = None;
+    }
+    cgroups.limit(&limits)?;
     cgroups.join()?;
     if hooks {
         wait_for_hooks(client)?;
@@ -122,6 +139,12 @@ fn launch(
     let disks = RootfsSpec::default().open_disks(&components.agent_image)?;
     let shares = shares::open_all(&translated.shares)?;
     let shared = !shares.is_empty();
+    let (pod, share_orders) = if is_pods {
+        let (shares, orders) = PodShares::new(shares.len())?;
+        (Some(Pod::new(shares)), Some(orders))
+    } else {
+        (None, None)
+    };
     let mut vmm = Vmm::spawn(&components.vmm, &record.sandbox_id, record.jail_uid, shared)?;
     record.run = Some(RunInfo {
         vmm: Some(vmm.identity),
@@ -133,6 +156,7 @@ fn launch(
         memory_mib: translated.memory_mib,
         disks,
         shares,
+        share_orders,
         // Who fills the namespace later, as Docker does, finds one to fill.
         net: interfaces_here().map_err(SandboxError::from)?.max(1),
         kernel_params: std::mem::take(&mut translated.kernel_params),
@@ -142,16 +166,21 @@ fn launch(
     let signals = AllSignals::take()?;
     let ready = boot(home.listen_vsock()?, &mut vmm, components, shape)?;
     wait_ready(&mut vmm, &ready, client.as_fd())?;
-    let agent = create_in_guest(home, &request)?;
+    let agent = create_in_guest(home, &request, Moment::First)?;
     if let Some(view) = &view {
         view.show_root()?;
     }
     record.status = BundleStatus::Created;
     home.write(record)?;
-    Ok(Created {
-        agent,
+    let own = OwnMachine {
         vmm,
         devices,
+        wiring: Wiring::default(),
+        pod,
+    };
+    Ok(Created {
+        agent,
+        machine: Machine::Own(Box::new(own)),
         view,
         ends,
         input,
@@ -167,7 +196,7 @@ fn memory_of(memory_mib: u64) -> u64 {
 }
 
 /// Goes where the container's network is on the host; what its microVM is connected to is looked for from here.
-fn enter_network(network: &Network) -> Result<()> {
+pub(super) fn enter_network(network: &Network) -> Result<()> {
     match network {
         Network::Private => unshare(CloneFlags::CLONE_NEWNET)
             .map_err(SandboxError::system("making a network namespace"))
@@ -182,15 +211,15 @@ fn enter_network(network: &Network) -> Result<()> {
 }
 
 /// Lets the client run its hooks, which may change the root filesystem and the network.
-fn wait_for_hooks(client: &mut Connection) -> Result<()> {
+pub(super) fn wait_for_hooks(client: &mut Connection) -> Result<()> {
     client
         .send(&Reply::Prepared, &[])
         .map_err(SandboxError::system("talking to the client"))?;
     loop {
-        match client.wait::<Request>(None)? {
-            Some((Request::Go, _)) => return Ok(()),
+        match client.wait::<protocol::Request>(None)? {
+            Some((protocol::Request::Go, _)) => return Ok(()),
             Some(_) => {}
-            None => match client.receive::<Request>() {
+            None => match client.receive::<protocol::Request>() {
                 Incoming::Nothing => {}
                 _ => return Err(SandboxError::Cancelled.into()),
             },
@@ -199,7 +228,11 @@ fn wait_for_hooks(client: &mut Connection) -> Result<()> {
 }
 
 /// What the agent is asked for.
-fn request_of(record: &BundleRecord, translated: &mut Translated, input: bool) -> CreateContainerRequest {
+pub(super) fn request_of(
+    record: &BundleRecord,
+    translated: &mut Translated,
+    input: bool,
+) -> CreateContainerRequest {
     let mut request = std::mem::take(&mut translated.request);
     record.sandbox_id.as_str().clone_into(&mut request.container_id);
     if let Some(process) = request.process.as_mut() {
@@ -217,13 +250,24 @@ fn request_of(record: &BundleRecord, translated: &mut Translated, input: bool) -
     request
 }
 
-fn create_in_guest(home: &Home, request: &CreateContainerRequest) -> Result<AgentClient> {
+/// Whether a microVM is new, which then gets its clock and its entropy with the container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Moment {
+    First,
+    Further,
+}
+
+pub(super) fn create_in_guest(
+    home: &Home,
+    request: &CreateContainerRequest,
+    which: Moment,
+) -> Result<AgentClient> {
     let rpc: Option<UnixStream> = connect_ports(|| home.connect_vsock(), &[RPC_PORT])
         .map_err(|source| SandboxError::AgentConnection { source })?
         .pop();
     let rpc = rpc.ok_or(SandboxError::MonitorGone)?;
     let mut agent = AgentClient::new(rpc);
-    let connect = agent.send_connect(true)?;
+    let connect = agent.send_connect(which == Moment::First)?;
     let create = agent.send::<CreateContainer>(request)?;
     agent.finish_connect(&connect)?;
     agent

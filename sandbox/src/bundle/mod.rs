@@ -13,6 +13,9 @@
 //! the container's control groups and its network namespace; a signal it gets is the container's; it ends with the
 //! container's exit code, or by the signal that ended the container. Who kills it ends the microVM.
 //!
+//! A pod can be one microVM ([`PodRole`]): then the monitor of its sandbox container has it, and each other container has a
+//! monitor without one, which is connected to that one as long as it lives.
+//!
 //! Everything blocks, nothing needs a thread of the caller. Both kinds of front-end serve the verb
 //! [`crate::monitor::VERB`] by [`crate::monitor::main`].
 //!
@@ -31,7 +34,11 @@ mod exit;
 mod home;
 mod hooks;
 mod launch;
+mod machine;
+mod member;
 mod mount_view;
+mod pod;
+mod pod_shares;
 mod protocol;
 mod record;
 mod relay;
@@ -47,5 +54,5 @@ pub use exec::{ExecBundle, OpenedExec};
 pub use hooks::state_json;
 pub(crate) use launch::serve as serve_launch;
 pub(crate) use protocol::{ExecRequest, LaunchRequest};
-pub use record::{BundleExit, BundleState, BundleStatus, ProcessExit};
+pub use record::{BundleExit, BundleState, BundleStatus, PodRole, ProcessExit};
 pub use relay::BundleStdio;

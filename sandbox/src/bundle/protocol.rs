@@ -15,8 +15,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{error::Refusal, record::BundleExit};
-use crate::Components;
+use super::{error::Refusal, pod_shares::WantedShare, record::BundleExit};
+use crate::{Components, SandboxId};
 
 /// Which descriptors come along with a message, in this order, behind those the message says itself.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,6 +71,14 @@ pub(super) enum Request {
     CloseStdin,
     /// Say when the container has ended.
     Wait,
+    /// Share this with the pod's microVM, whose container of this name the sender will make; the descriptors come along. What is
+    /// shared, and the container, go with the connection.
+    Join {
+        container: SandboxId,
+        shares: Vec<WantedShare>,
+    },
+    /// Remove that container, and give up what it shares.
+    Leave,
 }
 
 /// What a monitor says.
@@ -83,6 +91,8 @@ pub(super) enum Reply {
     Created,
     /// The further process runs.
     Started { guest_pid: u32 },
+    /// It is shared, by these indices.
+    Joined { indices: Vec<u32>, memory_mib: u64 },
     /// It is done.
     Done,
     /// It isn't done.

@@ -60,6 +60,22 @@ impl fmt::Display for BundleStatus {
     }
 }
 
+/// What a container is to a pod that is one microVM.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PodRole {
+    /// It has a microVM of its own.
+    #[default]
+    Alone,
+    /// Its microVM is that of a pod.
+    Sandbox,
+    /// It is in the microVM of a pod.
+    Member {
+        /// The id of the container whose microVM it is.
+        sandbox: String,
+    },
+}
+
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -123,6 +139,9 @@ pub(super) struct BundleRecord {
     /// The network namespace it was given, whose interfaces are its microVM's while it runs.
     #[serde(default)]
     pub(super) network: NetworkMode,
+    /// What it is to a pod that is one microVM.
+    #[serde(default)]
+    pub(super) pod: PodRole,
     /// Whether the hooks that go with its end have run.
     #[serde(default)]
     pub(super) poststop_done: bool,
@@ -159,6 +178,8 @@ pub struct BundleState {
     pub exit: Option<BundleExit>,
     /// Its control groups on the host.
     pub cgroups: Vec<PathBuf>,
+    /// What it is to a pod that is one microVM.
+    pub pod: PodRole,
 }
 
 impl From<BundleRecord> for BundleState {
@@ -179,6 +200,7 @@ impl From<BundleRecord> for BundleState {
             created_ms: record.created_ms,
             exit: record.exit,
             cgroups: record.cgroups,
+            pod: record.pod,
         }
     }
 }

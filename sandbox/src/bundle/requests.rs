@@ -1,13 +1,14 @@
 //! What clients of a created or running container ask its monitor for, and what a signal to it does.
 
 use std::{
+    os::fd::OwnedFd,
     path::Path,
     time::{Duration, Instant},
 };
 
 use agent_protocol::{
-    ConfigureNetwork, ResizeTty, ResizeTtyRequest, SignalProcess, SignalProcessRequest, StartProcess,
-    WaitProcess, WindowSize,
+    ConfigureNetwork, FreezeContainer, FreezeContainerRequest, ResizeTty, ResizeTtyRequest, SignalProcess,
+    SignalProcessRequest, StartProcess, WaitProcess, WindowSize,
 };
 
 use super::{
@@ -35,8 +36,8 @@ const NOT_FOUND: u8 = 127;
 const NOT_STARTED: u8 = 126;
 
 impl Server {
-    pub(super) fn handle(&mut self, token: Token, request: &Request) {
-        match *request {
+    pub(super) fn handle(&mut self, token: Token, request: Request, fds: Vec<OwnedFd>) {
+        match request {
             Request::Start => {
                 let result = self.start();
                 self.answer(token, result);
@@ -71,6 +72,8 @@ impl Server {
                     client.waits = true;
                 }
             }
+            Request::Join { container, shares } => self.join(token, container, shares, fds),
+            Request::Leave => self.leave(token, true),
             Request::Go => {}
         }
     }
@@ -119,13 +122,17 @@ impl Server {
 
     /// Gives the microVM the interfaces that are there by now.
     fn connect_network(&mut self) -> Result<Option<Pending<ConfigureNetwork>>> {
-        let wiring = Wiring::join(Path::new("/proc/self/ns/net"), self.devices);
-        self.wiring = wiring.map_err(SandboxError::from)?;
-        if self.wiring.request.interfaces.is_empty() {
+        // A pod's are those of its sandbox container.
+        let Some(own) = self.machine.own() else {
+            return Ok(None);
+        };
+        let wiring = Wiring::join(Path::new("/proc/self/ns/net"), own.devices);
+        own.wiring = wiring.map_err(SandboxError::from)?;
+        if own.wiring.request.interfaces.is_empty() {
             return Ok(None);
         }
-        self.vmm.attach_taps(&mut self.wiring)?;
-        Ok(Some(self.agent.send::<ConfigureNetwork>(&self.wiring.request)?))
+        own.vmm.attach_taps(&mut own.wiring)?;
+        Ok(Some(self.agent.send::<ConfigureNetwork>(&own.wiring.request)?))
     }
 
     /// Sends a signal; what is to be answered later is `None`.
@@ -195,14 +202,29 @@ impl Server {
         self.resizes.extend(sent);
     }
 
+    /// All of a microVM that is this container's; of a pod's, this container.
+    fn stop_or_go_on(&mut self, stopped: bool) -> Result<()> {
+        if !self.machine.is_pods() {
+            return self.machine.set_paused(stopped);
+        }
+        let request = FreezeContainerRequest {
+            container_id: self.record.sandbox_id.as_str().to_owned(),
+            frozen: stopped,
+            ..FreezeContainerRequest::default()
+        };
+        let pending = self.agent.send::<FreezeContainer>(&request)?;
+        self.agent.wait(&pending, Some(CALL_TIMEOUT))?;
+        Ok(())
+    }
+
     fn set_paused(&mut self, paused: bool) -> Result<()> {
         match (self.record.status, paused) {
             (BundleStatus::Running, true) => {
-                self.vmm.pause()?;
+                self.stop_or_go_on(true)?;
                 self.record.status = BundleStatus::Paused;
             }
             (BundleStatus::Paused, false) => {
-                self.vmm.resume()?;
+                self.stop_or_go_on(false)?;
                 self.record.status = BundleStatus::Running;
             }
             (_, true) => return Err(BundleError::NotRunning),

@@ -25,10 +25,11 @@ use rustix::{
 };
 
 use super::{
-    error::{BundleError, Refusal, Result},
+    error::{Refusal, Result},
     exit::{KILLED, end_like},
     home::Home,
     launch::Created,
+    machine::Machine,
     mount_view::MountView,
     protocol::{Reply, Request},
     record::{BundleExit, BundleRecord, BundleStatus, ProcessExit},
@@ -38,8 +39,6 @@ use crate::{
     SandboxError,
     agent_client::{AgentClient, CALL_TIMEOUT, Pending},
     monitor::{Connection, Incoming},
-    network::Wiring,
-    vmm_client::Vmm,
 };
 
 /// After the process has exited, how long the rest of its output may take to come.
@@ -64,7 +63,7 @@ enum Source {
     Listener,
     Signals,
     Agent,
-    Vmm,
+    Machine,
     VmmStderr,
     Client(Token),
     Output(usize),
@@ -77,13 +76,9 @@ pub(super) struct Server {
     pub(super) home: Home,
     pub(super) record: BundleRecord,
     pub(super) agent: AgentClient,
-    pub(super) vmm: Vmm,
-    /// Interfaces the microVM can have.
-    pub(super) devices: usize,
+    pub(super) machine: Machine,
     /// What the host sees of the container's mounts.
     pub(super) view: Option<MountView>,
-    /// From the start on.
-    pub(super) wiring: Wiring,
     listener: UnixListener,
     incidents: AllSignals,
     clients: Vec<Client>,
@@ -110,8 +105,7 @@ impl Server {
             .map_err(SandboxError::system("preparing the monitor's socket"))?;
         let Created {
             agent,
-            vmm,
-            devices,
+            machine,
             view,
             ends,
             input,
@@ -121,10 +115,8 @@ impl Server {
             home,
             record,
             agent,
-            vmm,
-            devices,
+            machine,
             view,
-            wiring: Wiring::default(),
             listener,
             incidents: signals,
             clients: Vec::new(),
@@ -170,8 +162,12 @@ impl Server {
                 Source::Listener => self.accept(),
                 Source::Signals => self.take_incidents(),
                 Source::Agent => self.hear_agent(),
-                Source::Vmm => self.vm_stopped(),
-                Source::VmmStderr => self.vmm.drain_stderr(),
+                Source::Machine => self.vm_stopped(),
+                Source::VmmStderr => {
+                    if let Some(own) = self.machine.own() {
+                        own.vmm.drain_stderr();
+                    }
+                }
                 Source::Client(token) => self.serve(token),
                 Source::Output(index) => {
                     if let Some(relay) = &mut self.relay {
@@ -191,8 +187,12 @@ impl Server {
         }
         if self.exit.is_none() && self.is_late() {
             // A process that can't be killed: its guest doesn't answer.
-            self.vmm.kill();
-            self.deadline = None;
+            if self.machine.kill() {
+                self.deadline = None;
+            } else {
+                let error = "its process can't be killed: the guest doesn't answer".to_owned();
+                self.ended(KILLED, false, Some(error));
+            }
         }
     }
 
@@ -203,12 +203,12 @@ impl Server {
             (Source::Signals, self.incidents.as_fd(), PollFlags::IN),
         ];
         if self.exit.is_none() {
-            entries.extend([
-                (Source::Agent, self.agent.as_fd(), PollFlags::IN),
-                (Source::Vmm, self.vmm.control_fd(), PollFlags::IN),
-                (Source::Vmm, self.vmm.as_fd(), PollFlags::IN),
-                (Source::VmmStderr, self.vmm.stderr_fd(), PollFlags::IN),
-            ]);
+            entries.push((Source::Agent, self.agent.as_fd(), PollFlags::IN));
+            let ends = self.machine.end_fds();
+            entries.extend(ends.into_iter().map(|fd| (Source::Machine, fd, PollFlags::IN)));
+            if let Machine::Own(own) = &self.machine {
+                entries.push((Source::VmmStderr, own.vmm.stderr_fd(), PollFlags::IN));
+            }
         }
         let clients = self.clients.iter();
         entries.extend(clients.map(|client| {
@@ -270,6 +270,8 @@ impl Server {
     }
 
     fn forget(&mut self, token: Token) {
+        // Of a pod's container, the end of its monitor is the end.
+        self.leave(token, false);
         self.clients.retain(|client| client.token != token);
     }
 
@@ -278,7 +280,7 @@ impl Server {
         match client.connection.receive::<Request>() {
             Incoming::Nothing => {}
             Incoming::Closed => self.forget(token),
-            Incoming::Message(request, _) => self.handle(token, &request),
+            Incoming::Message(request, fds) => self.handle(token, request, fds),
         }
     }
 
@@ -302,6 +304,7 @@ impl Server {
     }
 
     pub(super) fn take_answers(&mut self) {
+        self.see_off();
         let agent = &mut self.agent;
         self.resizes
             .retain(|pending| matches!(agent.take(pending), Ok(None)));
@@ -346,19 +349,18 @@ impl Server {
     /// The microVM has gone, or is of no use any more.
     fn vm_stopped(&mut self) {
         if self.exit.is_none() {
-            self.vmm.kill();
-            let error = BundleError::from(self.vmm.stopped());
+            self.machine.kill();
+            let error = self.machine.stopped();
             self.ended(KILLED, false, Some(error.to_string()));
         }
     }
 
     /// Ends the microVM, records the exit, tells everybody, ends.
     fn finish(mut self) -> ! {
-        self.vmm.kill();
+        self.machine.kill();
         let exit = self.exit.take();
         let exit = exit.unwrap_or_else(|| BundleExit::now(KILLED, false, None));
-        self.vmm.end();
-        drop(std::mem::take(&mut self.wiring));
+        self.machine.end();
         self.home.remove_sockets();
         self.record.status = BundleStatus::Stopped;
         self.record.exit = Some(exit.clone());

@@ -7,7 +7,7 @@ use super::{
     cgroup::{HostCgroups, HostLimits},
     control::Bundles,
     error::{BundleError, Result},
-    record::BundleStatus,
+    record::{BundleStatus, PodRole},
 };
 use crate::{SandboxError, oci_spec::translate_resources};
 
@@ -58,6 +58,10 @@ impl Bundles {
         agent
             .call::<UpdateContainer>(&request)
             .map_err(BundleError::from_agent)?;
+        if matches!(record.pod, PodRole::Member { .. }) {
+            // On the host there is nothing of it to be limited.
+            return Ok(());
+        }
         HostCgroups::existing(&record.cgroups).limit(&HostLimits::of_cpu(resources))
     }
 }

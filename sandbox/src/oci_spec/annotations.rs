@@ -19,6 +19,9 @@ const KERNEL_PARAMS: &str = "io.hull.kernel_params";
 /// What becomes of a namespace that would be the host's.
 pub(super) const HOST_NAMESPACES: &str = "io.hull.host_namespaces";
 
+/// What a pod is made of.
+pub(super) const POD: &str = "io.hull.pod";
+
 /// All words together; the command line has 2048 bytes.
 const MAX_KERNEL_PARAMS_BYTES: usize = 512;
 /// Words of the guest kernel's command line that a container may have: none of them reaches beyond its own kernel, and
@@ -43,6 +46,7 @@ pub(super) struct Annotations {
     pub(super) vcpus: Option<u8>,
     pub(super) kernel_params: Vec<String>,
     pub(super) private_for_host: bool,
+    pub(super) pod: bool,
     pub(super) all: BTreeMap<String, String>,
 }
 
@@ -90,16 +94,31 @@ impl Annotations {
                 "refuse" => self.private_for_host = false,
                 _ => return invalid(field(), format!("{value:?} is neither private nor refuse")),
             },
+            POD => self.pod = pod(value)?,
             _ => {
                 return invalid(
                     field(),
                     format!(
-                        "is not known; there are {MEMORY_MIB}, {VCPUS}, {KERNEL_PARAMS} and {HOST_NAMESPACES}"
+                        "is not known; there are {MEMORY_MIB}, {VCPUS}, {KERNEL_PARAMS}, {HOST_NAMESPACES} and {POD}"
                     ),
                 );
             }
         }
         Ok(())
+    }
+}
+
+/// Whether a pod is one microVM.
+pub(super) fn pod(value: &str) -> Result<bool> {
+    match value {
+        "microvm" => Ok(true),
+        "separate" => Ok(false),
+        _ => invalid(
+            format!("annotations.{POD}"),
+            format!(
+                "{value:?} is neither microvm, for one microVM for all of the pod, nor separate, for one for each container"
+            ),
+        ),
     }
 }
 
@@ -154,6 +173,7 @@ mod tests {
             ["mitigations=off", "sysctl.vm.max_map_count=262144"]
         );
         assert!(annotations(HOST_NAMESPACES, "private").unwrap().private_for_host);
+        assert!(annotations(POD, "microvm").unwrap().pod && !annotations(POD, "separate").unwrap().pod);
         assert_eq!(params.all["other"], "kept");
     }
 
@@ -168,6 +188,7 @@ mod tests {
             (KERNEL_PARAMS, "sysctl.kernel.x=\"a"),
             (KERNEL_PARAMS, "root=/dev/vdb"),
             (HOST_NAMESPACES, "yes"),
+            (POD, "true"),
             ("io.hull.memory", "512"),
         ] {
             let error = annotations(key, value).unwrap_err().to_string();

@@ -14,6 +14,7 @@ mod hooks;
 mod load;
 mod mounts;
 mod namespaces;
+mod pod;
 mod process;
 mod refused;
 mod resources;
@@ -34,9 +35,11 @@ pub use error::SpecError;
 pub use hooks::{Hook, Hooks};
 pub use load::{Config, LoadedProcess, MAX_CONFIG_BYTES, load, load_process};
 pub use namespaces::Network;
+pub use pod::{PodPart, is_pod_microvm};
 
 use crate::shares::ShareSpec;
 use error::{Result, invalid};
+use pod::PodLimits;
 use warnings::Warnings;
 
 /// How mounts below the root may spread, as mount(8) and runc name it.
@@ -123,6 +126,20 @@ pub struct Translated {
 ///
 /// Names the first field that is wrong, or that a container in a microVM can't have.
 pub fn translate(spec: &Spec, bundle: &Path, policy: &Policy) -> std::result::Result<Translated, SpecError> {
+    translate_in_pod(spec, bundle, policy, None)
+}
+
+/// The same for a container of a pod that is one microVM.
+///
+/// # Errors
+///
+/// As [`translate`].
+pub fn translate_in_pod(
+    spec: &Spec,
+    bundle: &Path,
+    policy: &Policy,
+    part: Option<&PodPart>,
+) -> std::result::Result<Translated, SpecError> {
     let mut warnings = Warnings::default();
     refused::check(spec, &mut warnings)?;
     let linux = spec.linux().as_ref();
@@ -131,18 +148,35 @@ pub fn translate(spec: &Spec, bundle: &Path, policy: &Policy) -> std::result::Re
         return invalid("process", "is missing: there is nothing to start");
     };
     let process = process::translate(given, spec, &mut warnings)?;
-    let namespaces = namespaces::translate(spec, annotations.private_for_host, policy, &mut warnings)?;
+    if annotations.pod && part.is_none() {
+        warnings.add(format!(
+            "annotations.{}: has no effect: the container is not one of a pod",
+            annotations::POD
+        ));
+    }
+    let private = annotations.private_for_host;
+    let namespaces = namespaces::translate(spec, private, (policy, part), &mut warnings)?;
     let mut mounts = mounts::translate(spec, bundle, &mut warnings)?;
     let root = mounts::root(spec, bundle)?;
     let host_resources = linux
         .and_then(|linux| linux.resources().clone())
         .unwrap_or_default();
-    let size = vm::translate(Some(&host_resources), &annotations, policy, &mut warnings)?;
+    let of_pod = part.map(|_| PodLimits::of(&annotations));
+    let size = vm::translate(
+        Some(&host_resources),
+        &annotations,
+        (policy, of_pod),
+        &mut warnings,
+    )?;
     let hooks = hooks::translate(spec.hooks().as_ref())?;
     let devices = devices::translate(spec, &mut warnings)?;
     let mut nodes = devices.nodes;
     nodes.append(&mut mounts.devices);
     let mut limits = resources::translate(&host_resources, &mut warnings)?;
+    if let Some(part) = part {
+        pod::count_memory(&mut limits);
+        pod::share_memory(part, &namespaces.joined, &mut mounts.mounts);
+    }
     let may_mount = process.capabilities.bounding & SYS_ADMIN != 0;
     let device_filter = !devices.all && (may_mount || devices::rules_matter(&limits.device_rules, &nodes));
     if !device_filter {
@@ -179,6 +213,7 @@ pub fn translate(spec: &Spec, bundle: &Path, policy: &Policy) -> std::result::Re
         device_filter,
         user_namespace: namespaces.user.into(),
         time_namespace: namespaces.time.into(),
+        joined: part.map(|_| namespaces.joined).into(),
         rootfs_propagation: propagation(linux.and_then(|linux| linux.rootfs_propagation().as_deref()))?,
         start_hooks: hooks.start_container.iter().map(Hook::for_agent).collect(),
         ..CreateContainerRequest::default()

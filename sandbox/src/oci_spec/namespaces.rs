@@ -12,13 +12,14 @@ use std::{
 };
 
 use ::oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, LinuxTimeOffset, Spec};
-use agent_protocol::{ClockOffset, IdMapping, TimeNamespace, UserNamespace};
+use agent_protocol::{ClockOffset, IdMapping, JoinedNamespaces, TimeNamespace, UserNamespace};
 use nix::sched::{CloneFlags, setns};
 
 use super::{
     Policy,
     annotations::HOST_NAMESPACES,
     error::{Result, invalid, unsupported},
+    pod::{self, PodPart},
     warnings::Warnings,
 };
 
@@ -45,6 +46,8 @@ pub(super) struct Namespaces {
     pub(super) domainname: String,
     pub(super) user: Option<UserNamespace>,
     pub(super) time: Option<TimeNamespace>,
+    /// Those of other containers of its pod.
+    pub(super) joined: JoinedNamespaces,
 }
 
 /// By type: absent, or with the path given.
@@ -96,10 +99,22 @@ pub(super) fn has_own(spec: &Spec, kind: LinuxNamespaceType) -> bool {
 pub(super) fn translate(
     spec: &Spec,
     private_for_host: bool,
-    policy: &Policy,
+    (policy, part): (&Policy, Option<&PodPart>),
     warnings: &mut Warnings,
 ) -> Result<Namespaces> {
-    let asked = asked(spec)?;
+    let mut asked = asked(spec)?;
+    let joined = match part {
+        Some(part @ PodPart::Member { .. }) => {
+            let path_of = |kind: &str| asked.get(kind).copied().flatten().map(Path::to_path_buf);
+            let joined = pod::joined(part, path_of)?;
+            // What is joined is settled.
+            for kind in ["ipc", "uts", "pid"] {
+                asked.entry(kind).and_modify(|path| *path = None);
+            }
+            joined
+        }
+        _ => JoinedNamespaces::default(),
+    };
     for kind in ["pid", "mount", "cgroup", "user", "time"] {
         if let Some(Some(path)) = asked.get(kind) {
             return unsupported(
@@ -147,6 +162,7 @@ pub(super) fn translate(
         domainname,
         user: user_namespace(spec, asked.contains_key("user"))?,
         time: time_namespace(spec, asked.contains_key("time"))?,
+        joined,
     })
 }
 

@@ -2,7 +2,14 @@
 
 use ::oci_spec::runtime::LinuxResources;
 
-use super::{Policy, annotations::Annotations, error::Result, resources, warnings::Warnings};
+use super::{
+    Policy,
+    annotations::Annotations,
+    error::Result,
+    pod::{self, PodLimits},
+    resources,
+    warnings::Warnings,
+};
 use crate::spec::{MAX_VCPUS, MIN_MEMORY_MIB};
 
 /// What the guest's kernel and the agent need beside the container's limit: themselves, and 1/32 for what the kernel
@@ -29,22 +36,23 @@ fn for_limit(limit_bytes: u64) -> u64 {
 pub(super) fn translate(
     resources: Option<&LinuxResources>,
     annotations: &Annotations,
-    policy: &Policy,
+    (policy, pod): (&Policy, Option<PodLimits>),
     warnings: &mut Warnings,
 ) -> Result<Size> {
     let most = policy.host_memory_mib.max(MIN_MEMORY_MIB);
-    let memory_mib = match (
-        annotations.memory_mib,
-        resources.and_then(resources::memory_limit),
-    ) {
+    let default_mib = pod.map_or(policy.default_memory_mib, |_| pod::DEFAULT_MIB);
+    let of_pod = pod.unwrap_or_default();
+    let limit = resources.and_then(resources::memory_limit);
+    let memory_mib = match (annotations.memory_mib, of_pod.memory_bytes.or(limit)) {
         (Some(given), _) => given,
         (None, Some(limit)) => for_limit(limit).min(most),
-        (None, None) => policy.default_memory_mib.min(most),
+        (None, None) => default_mib.min(most),
     };
     let vcpus = match annotations.vcpus {
         Some(given) => given,
         None => {
-            let wanted = resources.map_or(Ok(None), resources::cpus)?.unwrap_or(1);
+            let limit = resources.map_or(Ok(None), resources::cpus)?;
+            let wanted = of_pod.cpus.or(limit).unwrap_or(1);
             let most = u64::from(policy.host_cpus).clamp(1, MAX_VCPUS.into());
             if wanted > most {
                 warnings.add(format!(
@@ -64,6 +72,10 @@ mod tests {
     use super::*;
 
     fn size(resources: Value, annotations: &Annotations) -> (u64, u8) {
+        size_in(resources, annotations, None)
+    }
+
+    fn size_in(resources: Value, annotations: &Annotations, pod: Option<PodLimits>) -> (u64, u8) {
         let policy = Policy {
             host_cpus: 8,
             host_memory_mib: 4096,
@@ -72,7 +84,8 @@ mod tests {
             systemd_cgroup: false,
         };
         let resources: LinuxResources = serde_json::from_value(resources).unwrap();
-        let size = translate(Some(&resources), annotations, &policy, &mut Warnings::default()).unwrap();
+        let mut warnings = Warnings::default();
+        let size = translate(Some(&resources), annotations, (&policy, pod), &mut warnings).unwrap();
         (size.memory_mib, size.vcpus)
     }
 
@@ -88,6 +101,23 @@ mod tests {
             (256, 3)
         );
         assert_eq!(size(json!({"cpu": {"quota": 6_400_000}}), &none), (256, 8));
+    }
+
+    #[test]
+    fn microvm_of_a_pod_has_room_for_the_limits_of_all_its_containers() {
+        let none = Annotations::default();
+        let nothing = PodLimits::default();
+        assert_eq!(size_in(json!({}), &none, Some(nothing)), (512, 1));
+        let limits = PodLimits {
+            memory_bytes: Some(64 << 20),
+            cpus: Some(3),
+        };
+        assert_eq!(size_in(json!({}), &none, Some(limits)), (114, 3));
+        let given = Annotations {
+            memory_mib: Some(200),
+            ..Annotations::default()
+        };
+        assert_eq!(size_in(json!({}), &given, Some(limits)), (200, 3));
     }
 
     #[test]

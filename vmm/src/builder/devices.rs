@@ -136,7 +136,7 @@ fn attach_fs(
     confinement: Confinement<'_>,
 ) -> Result<(), BuildError> {
     let thread = confinement.share_thread.ok_or(FsError::NoThread)?;
-    let spec = FsSpec::new(&fs.tag, fs.shares, memory::size_bytes(vm.ram()) >> 20)?;
+    let spec = FsSpec::new(&fs.tag, fs.shares, memory::size_bytes(vm.ram()) >> 20)?.with_orders(fs.orders);
     let fs = Fs::new(spec, thread, confine_shares(confinement.filters, vm.raw_fd()))?;
     let metrics = fs.metrics();
     Ok(devices.attach_virtio(vm, "fs", Arc::new(Mutex::new(fs)), metrics)?)
@@ -145,13 +145,15 @@ fn attach_fs(
 /// What the thread that serves shares does before it reads what a guest wrote. It raises interrupts through the VM.
 fn confine_shares(filters: &Filters, vm: RawFd) -> Confine {
     let (filter, is_confined) = (filters.of(Role::Shares), filters.is_confined());
-    Box::new(move |descriptors| {
+    Box::new(move |descriptors, orders| {
         if !is_confined {
-            return Ok(());
+            return Ok(false);
         }
         let keep: Vec<RawFd> = descriptors.iter().copied().chain([vm]).collect();
-        fds::own_table(&keep).map_err(|error| format!("a descriptor table of its own: {error}"))?;
-        filter.apply().map_err(|error| error.to_string())
+        // The filter knows the socket of orders by the number of standard input.
+        fds::own_table(&keep, orders).map_err(|error| format!("a descriptor table of its own: {error}"))?;
+        filter.apply().map_err(|error| error.to_string())?;
+        Ok(true)
     })
 }
 

@@ -19,7 +19,10 @@ use crate::{
 use std::{
     collections::BTreeSet,
     fs::File,
-    os::unix::net::{UnixListener, UnixStream},
+    os::{
+        fd::OwnedFd,
+        unix::net::{UnixListener, UnixStream},
+    },
     time::Duration,
 };
 use vmm_api::{BlkConfig, BootProtocol, HugePages, IoEngine, VmConfig};
@@ -113,6 +116,8 @@ pub struct FsResource {
     pub tag: String,
     /// In order.
     pub shares: Vec<Share>,
+    /// Where further ones come from.
+    pub orders: Option<OwnedFd>,
 }
 
 /// The validated socket device.
@@ -304,9 +309,14 @@ fn open_fs(config: vmm_api::FsConfig, resources: &mut Resources) -> Result<FsRes
             })
         })
         .collect::<Result<_, ConfigError>>()?;
+    let orders = config
+        .orders
+        .map(|orders| resources.packet_socket(&orders, "fs.orders"))
+        .transpose()?;
     Ok(FsResource {
         tag: config.tag,
         shares,
+        orders,
     })
 }
 

@@ -212,6 +212,24 @@ impl Resources {
         }
     }
 
+    /// A connected Unix socket that keeps messages apart.
+    ///
+    /// # Errors
+    /// [`ResourceError`].
+    pub fn packet_socket(&mut self, reference: &ResourceRef, field: &str) -> Result<OwnedFd, ResourceError> {
+        use rustix::net::{AddressFamily, SocketType, sockopt};
+        let fd = self.descriptor(reference, field)?;
+        let is_right = sockopt::socket_domain(&fd) == Ok(AddressFamily::UNIX)
+            && sockopt::socket_type(&fd) == Ok(SocketType::SEQPACKET);
+        if is_right {
+            return Ok(fd);
+        }
+        Err(ResourceError::Kind {
+            field: field.to_owned(),
+            expected: "a connected Unix socket of the type SOCK_SEQPACKET",
+        })
+    }
+
     /// A connected Unix stream.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! Descriptors the process was started with.
 
 use rustix::{
-    fd::{AsFd, OwnedFd},
+    fd::{AsFd, BorrowedFd, OwnedFd},
     net::{AddressFamily, SocketType, sockopt},
 };
 use std::{io, os::fd::RawFd};
@@ -27,12 +27,16 @@ pub fn close_all_but(keep: Option<RawFd>) -> io::Result<()> {
     }
 }
 
-/// Gives the calling thread a descriptor table of its own with nothing in it but stdio and `keep`. The numbers stay the same.
+/// Gives the calling thread a descriptor table of its own with nothing in it but stdio and `keep`. The numbers stay the same,
+/// but what `stdin` says becomes standard input.
 ///
 /// # Errors
 /// If the kernel refuses; the thread must then not go on.
-pub fn own_table(keep: &[RawFd]) -> io::Result<()> {
+pub fn own_table(keep: &[RawFd], stdin: Option<BorrowedFd<'_>>) -> io::Result<()> {
     raw::unshare_table()?;
+    if let Some(stdin) = stdin {
+        rustix::stdio::dup2_stdin(stdin)?;
+    }
     let mut keep: Vec<u32> = keep.iter().filter_map(|fd| u32::try_from(*fd).ok()).collect();
     keep.sort_unstable();
     let mut first = FIRST_AFTER_STDIO;

@@ -7,7 +7,7 @@ use std::io;
 /// Devices, queues and vCPUs take some tens; the rest is for vsock connections.
 const MAX_DESCRIPTORS: u64 = 2048;
 /// For files of shares, where there are any.
-const MAX_SHARE_DESCRIPTORS: u64 = fs::MAX_DESCRIPTORS as u64;
+const MAX_SHARE_DESCRIPTORS: u64 = (fs::MAX_DESCRIPTORS + vmm_api::MAX_LIVE_SHARES) as u64;
 /// vCPUs, the control thread, and the kernel's I/O workers, which count as threads.
 const MAX_THREADS: u64 = 512;
 /// What a log or console file may grow to.

@@ -193,7 +193,7 @@ fn descriptors_of_others_cannot_be_opened_anew() -> Outcome {
             // It could be: that is what there is to prevent.
             anew(number, OFlags::RDWR).map_err(|errno| format!("before: {errno}"))?;
         }
-        fds::own_table(&[held.as_raw_fd()]).map_err(text)?;
+        fds::own_table(&[held.as_raw_fd()], None).map_err(text)?;
         expect("opening", anew(number, OFlags::RDONLY), &[Errno::NOENT])?;
         anew(held.as_raw_fd(), OFlags::RDONLY).map(drop).map_err(text)
     });

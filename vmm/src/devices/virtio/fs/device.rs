@@ -8,6 +8,7 @@ use rustix::process::{Resource, getrlimit};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::orders::Orders;
 use super::passthrough::{Passthrough, Surroundings};
 use super::thread::{Confine, ShareThread};
 use super::worker::{Order, Progress, Queues, Service};
@@ -56,12 +57,12 @@ impl Fs {
         let progress = Arc::new(Progress::new().map_err(host("event descriptors"))?);
         let (orders, receiver) = channel();
         let service = Service::new(
-            passthrough,
+            Arc::new(passthrough),
             events,
             Arc::clone(&metrics),
             receiver,
             Arc::clone(&progress),
-            confine,
+            (confine, spec.orders.map(Orders::new)),
         );
         thread.serve(service)?;
         let mut config = [0; CONFIG_BYTES];

@@ -10,6 +10,8 @@
 //!             capabilities reduced                                    ◄── reset ──┘    its own descriptor table and filter
 //! ```
 //!
+//! Shares come and go while the guest runs, by orders of the host over a socket of their own ([`orders`]).
+//!
 //! Owner: the device manager has the device ([`Fs`]), which passes queues to the thread and takes them away; the thread has
 //! everything else. It is started only when the microVM is to have shares.
 //!
@@ -22,6 +24,7 @@
 
 mod device;
 mod metrics;
+mod orders;
 mod passthrough;
 #[cfg(test)]
 #[expect(clippy::cast_possible_truncation, reason = "test data")]
@@ -30,6 +33,7 @@ mod thread;
 mod worker;
 
 use std::io;
+use std::os::fd::OwnedFd;
 
 use thiserror::Error;
 
@@ -102,6 +106,7 @@ pub struct FsSpec {
     tag: String,
     shares: Vec<Share>,
     memory_mib: u64,
+    orders: Option<OwnedFd>,
 }
 
 impl FsSpec {
@@ -117,6 +122,13 @@ impl FsSpec {
             tag: tag.to_owned(),
             shares,
             memory_mib,
+            orders: None,
         })
+    }
+
+    /// With a socket over which further shares come.
+    #[must_use]
+    pub fn with_orders(self, orders: Option<OwnedFd>) -> Self {
+        Self { orders, ..self }
     }
 }

@@ -1,13 +1,19 @@
 use std::fs;
-use std::os::fd::OwnedFd;
+use std::io::IoSlice;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use fuse_backend_rs::abi::fuse_abi::{EntryOut, InHeader, InitIn, InitOut, Opcode, OutHeader};
 use proptest::prelude::*;
 use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, sendmsg,
+    socketpair,
+};
 use tempfile::TempDir;
 use vm_memory::ByteValued;
+use vmm_api::{SHARE_MESSAGE_BYTES, ShareOrder, ShareReply};
 
 use super::*;
 use crate::devices::virtio::test_driver::{
@@ -68,7 +74,7 @@ fn device(world: &World) -> Fs {
     };
     let spec = FsSpec::new("hull", vec![share], 64).unwrap();
     let thread = ShareThread::start_unconfined().unwrap();
-    Fs::new(spec, &thread, Box::new(|_| Ok(()))).unwrap()
+    Fs::new(spec, &thread, Box::new(|_, _| Ok(false))).unwrap()
 }
 
 fn header(opcode: u32, inode: u64, body: usize) -> InHeader {
@@ -311,7 +317,7 @@ fn a_thread_that_cannot_confine_itself_serves_nobody() {
     };
     let spec = FsSpec::new("hull", vec![share], 64).unwrap();
     let thread = ShareThread::start_unconfined().unwrap();
-    let fs = Fs::new(spec, &thread, Box::new(|_| Err("no".to_owned()))).unwrap();
+    let fs = Fs::new(spec, &thread, Box::new(|_, _| Err("no".to_owned()))).unwrap();
     let mut driver = TestDriver::new(fs);
     let at = driver.place(header(Opcode::Getattr as u32, 1, 16).as_slice());
     let reply = driver.alloc(4096);
@@ -320,6 +326,85 @@ fn a_thread_that_cannot_confine_itself_serves_nobody() {
     // A reset passes through the thread, which has had its chance by then.
     driver.write(0x70, 0);
     assert_eq!(driver.used(REQUESTS), []);
+}
+
+/// The host's end of the socket, to which orders are given.
+struct Host(OwnedFd);
+
+impl Host {
+    fn order(&self, order: ShareOrder, share: Option<&OwnedFd>) -> i32 {
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let fds: Vec<_> = share.iter().map(|fd| fd.as_fd()).collect();
+        if !fds.is_empty() {
+            assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
+        }
+        let bytes = order.to_bytes();
+        sendmsg(
+            &self.0,
+            &[IoSlice::new(&bytes)],
+            &mut ancillary,
+            SendFlags::NOSIGNAL,
+        )
+        .unwrap();
+        let mut reply = [0; SHARE_MESSAGE_BYTES];
+        assert_eq!(rustix::io::read(&self.0, &mut reply).unwrap(), reply.len());
+        ShareReply::from_bytes(&reply).unwrap().errno
+    }
+}
+
+fn ordered_device(world: &World) -> (Fs, Host) {
+    let flags = SocketFlags::CLOEXEC;
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    let share = Share {
+        root: world.root(),
+        exclusive: false,
+    };
+    let spec = FsSpec::new("hull", vec![share], 64)
+        .unwrap()
+        .with_orders(Some(theirs));
+    let thread = ShareThread::start_unconfined().unwrap();
+    let fs = Fs::new(spec, &thread, Box::new(|_, _| Ok(false))).unwrap();
+    (fs, Host(ours))
+}
+
+#[test]
+fn shares_come_and_go_while_the_guest_runs() {
+    let (world, second) = (World::new(), World::new());
+    let (fs, host) = ordered_device(&world);
+    let mut driver = TestDriver::new(fs);
+    mount(&mut driver);
+    assert_eq!(look_up(&mut driver, 1, b"5\0"), Err(libc::ENOENT));
+    let add = ShareOrder::Add {
+        index: 5,
+        exclusive: false,
+    };
+    assert_eq!(host.order(add, None), libc::EINVAL);
+    assert_eq!(host.order(add, Some(&second.root())), 0);
+    let root = look_up(&mut driver, 1, b"5\0").unwrap();
+    assert!(look_up(&mut driver, root, b"file\0").is_ok());
+    // A new mount finds it, too.
+    mount(&mut driver);
+    let root = look_up(&mut driver, 1, b"5\0").unwrap();
+    assert_eq!(host.order(ShareOrder::Remove { index: 5 }, None), 0);
+    assert_eq!(host.order(ShareOrder::Remove { index: 5 }, None), libc::ENOENT);
+    assert_eq!(look_up(&mut driver, root, b"file\0"), Err(libc::ESTALE));
+    let own = look_up(&mut driver, 1, b"0\0").unwrap();
+    // The host goes, the shares stay.
+    drop(host);
+    assert!(look_up(&mut driver, own, b"file\0").is_ok());
+}
+
+#[test]
+fn what_is_no_order_ends_them() {
+    let world = World::new();
+    let (fs, host) = ordered_device(&world);
+    let mut driver = TestDriver::new(fs);
+    mount(&mut driver);
+    rustix::io::write(&host.0, b"nonsense!").unwrap();
+    let mut reply = [0; SHARE_MESSAGE_BYTES];
+    assert_eq!(rustix::io::read(&host.0, &mut reply), Ok(0));
+    assert!(look_up(&mut driver, 1, b"0\0").is_ok());
 }
 
 /// A request of a guest that has gone mad: mostly a message that could be one.

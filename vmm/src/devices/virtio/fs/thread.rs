@@ -9,7 +9,7 @@
 //! working directory. No other part of `/proc` can be reached from there, `..` included.
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
@@ -39,8 +39,9 @@ pub const KEPT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SETFCAP);
 
-/// What the thread does when it begins to serve a guest, given the descriptors it keeps.
-pub type Confine = Box<dyn FnOnce(&[RawFd]) -> Result<(), String> + Send>;
+/// What the thread does when it begins to serve a guest, given the descriptors it keeps and the socket its orders come from;
+/// whether that socket is its standard input now.
+pub type Confine = Box<dyn FnOnce(&[RawFd], Option<BorrowedFd<'_>>) -> Result<bool, String> + Send>;
 
 /// As whom the thread serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

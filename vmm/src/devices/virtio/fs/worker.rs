@@ -4,7 +4,7 @@
 //! that wakes the thread from its wait for the queues.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
@@ -16,6 +16,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use virtio_queue::DescriptorChain;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::orders::Orders;
 use super::passthrough::Passthrough;
 use super::thread::Confine;
 use super::{FsMetrics, MAX_REQUEST_BYTES};
@@ -79,38 +80,43 @@ impl Progress {
 
 /// One device's shares, on the thread.
 pub struct Service {
-    server: Server<Passthrough>,
+    server: Server<Arc<Passthrough>>,
+    passthrough: Arc<Passthrough>,
     events: Vec<EventFd>,
     metrics: Arc<FsMetrics>,
     orders: Receiver<Order>,
     progress: Arc<Progress>,
     confine: Option<Confine>,
+    share_orders: Option<Orders>,
     descriptors: Vec<RawFd>,
     fault_log: FaultLog,
 }
 
 impl Service {
     pub fn new(
-        passthrough: Passthrough,
+        passthrough: Arc<Passthrough>,
         events: Vec<EventFd>,
         metrics: Arc<FsMetrics>,
         orders: Receiver<Order>,
         progress: Arc<Progress>,
-        confine: Confine,
+        (confine, share_orders): (Confine, Option<Orders>),
     ) -> Self {
         let descriptors = passthrough
-            .roots()
-            .map(AsRawFd::as_raw_fd)
+            .descriptors()
+            .into_iter()
             .chain(events.iter().map(AsRawFd::as_raw_fd))
             .chain([progress.wake.as_raw_fd()])
+            .chain(share_orders.iter().map(|orders| orders.as_fd().as_raw_fd()))
             .collect();
         Self {
-            server: Server::new(passthrough),
+            server: Server::new(Arc::clone(&passthrough)),
+            passthrough,
             events,
             metrics,
             orders,
             progress,
             confine: Some(confine),
+            share_orders,
             descriptors,
             fault_log: FaultLog::default(),
         }
@@ -153,18 +159,33 @@ impl Service {
         let Some(confine) = self.confine.take() else {
             return true;
         };
-        match confine(&self.descriptors) {
-            Ok(()) => true,
+        let socket = self.share_orders.as_ref().map(AsFd::as_fd);
+        match confine(&self.descriptors, socket) {
+            Ok(moved) => {
+                if let Some(orders) = &mut self.share_orders {
+                    orders.begin(moved);
+                }
+                true
+            }
             Err(error) => {
                 tracing::error!(error, "the shares' thread serves nothing");
-                self.confine = Some(Box::new(move |_| Err(error)));
+                self.confine = Some(Box::new(move |_, _| Err(error)));
                 false
             }
         }
     }
 
+    /// Does what the host says about shares, one order at a time: the guest's requests come in between.
+    fn obey(&mut self) {
+        let Some(orders) = &self.share_orders else { return };
+        if let Err(error) = orders.obey(&self.passthrough) {
+            tracing::debug!(%error, "no further shares will come or go");
+            self.share_orders = None;
+        }
+    }
+
     /// Waits for an order or, if there are queues, for one that has been notified. Which ones were.
-    fn wait(&self, active: bool) -> [bool; 2] {
+    fn wait(&mut self, active: bool) -> [bool; 2] {
         let mut ready = [false; 2];
         let watched = if active { self.events.as_slice() } else { &[] };
         let mut fds: Vec<PollFd<'_>> = [&self.progress.wake]
@@ -172,6 +193,8 @@ impl Service {
             .chain(watched)
             .map(|event| PollFd::from_borrowed_fd(borrow(event), PollFlags::IN))
             .collect();
+        let shares = self.share_orders.as_ref().filter(|orders| orders.has_begun());
+        fds.extend(shares.map(|orders| PollFd::from_borrowed_fd(orders.as_fd(), PollFlags::IN)));
         // Interrupted or out of memory: the caller comes back.
         if poll(&mut fds, None).is_err() {
             return ready;
@@ -181,12 +204,16 @@ impl Service {
             // Fails only if there is nothing to clear.
             let _ = self.progress.wake.read();
         }
+        let ordered = notified.get(1 + watched.len()) == Some(&true);
         for ((ready, notified), event) in ready.iter_mut().zip(&notified[1..]).zip(watched) {
             if *notified {
                 let _ = event.read();
                 self.metrics.notifications.inc();
                 *ready = true;
             }
+        }
+        if ordered {
+            self.obey();
         }
         ready
     }

@@ -70,6 +70,11 @@ impl HandleTable {
             .cloned()
     }
 
+    /// Closes all handles on some inodes.
+    pub fn remove_those(&mut self, is_one: impl Fn(u64) -> bool) {
+        self.handles.retain(|_, handle| !is_one(handle.inode));
+    }
+
     /// Takes the handle out, to be closed.
     pub fn remove(&mut self, number: u64, inode: u64, is_directory: bool) -> io::Result<()> {
         self.get(number, inode, is_directory)?;

@@ -82,6 +82,8 @@ pub struct Limits {
 #[derive(Debug)]
 pub struct InodeTable {
     inodes: HashMap<u64, Inode>,
+    /// The inodes of the shares' roots.
+    roots: HashMap<u32, u64>,
     numbers: HashMap<Identity, u64>,
     next: u64,
     limits: Limits,
@@ -130,38 +132,57 @@ fn stale(error: rustix::io::Errno) -> io::Error {
 }
 
 impl InodeTable {
-    /// With the roots of the shares, numbered from [`ROOT`] + 1.
-    pub fn new(roots: &[Arc<OwnedFd>], limits: Limits) -> io::Result<Self> {
-        let mut table = Self {
+    /// Without any share.
+    pub fn new(limits: Limits) -> Self {
+        Self {
             inodes: HashMap::new(),
+            roots: HashMap::new(),
             numbers: HashMap::new(),
             next: ROOT + 1,
             limits,
             closable: VecDeque::new(),
             descriptors: 0,
-        };
-        for (share, root) in (0..).zip(roots) {
-            let found = stat_open(root.as_fd())?;
-            let identity = Identity::of(share, &found);
-            let number = table.next;
-            table.next += 1;
-            table.numbers.insert(identity, number);
-            table.inodes.insert(
-                number,
-                Inode {
-                    identity,
-                    parent: ROOT,
-                    name: CString::default(),
-                    kind: kind_of(&found),
-                    lookups: 0,
-                    children: 0,
-                    opens: 0,
-                    descriptor: Some(Arc::clone(root)),
-                    used: true,
-                },
-            );
         }
-        Ok(table)
+    }
+
+    /// Gives the root of a share a number that no inode has had.
+    pub fn add_root(&mut self, share: u32, root: &Arc<OwnedFd>) -> io::Result<()> {
+        let found = stat_open(root.as_fd())?;
+        let identity = Identity::of(share, &found);
+        let number = self.next;
+        self.next += 1;
+        self.roots.insert(share, number);
+        self.numbers.insert(identity, number);
+        self.inodes.insert(
+            number,
+            Inode {
+                identity,
+                parent: ROOT,
+                name: CString::default(),
+                kind: kind_of(&found),
+                lookups: 0,
+                children: 0,
+                opens: 0,
+                descriptor: Some(Arc::clone(root)),
+                used: true,
+            },
+        );
+        Ok(())
+    }
+
+    /// Forgets all inodes of a share, and closes their descriptors.
+    pub fn remove_share(&mut self, share: u32) {
+        self.roots.remove(&share);
+        self.numbers.retain(|identity, _| identity.share != share);
+        let mut closed = 0;
+        self.inodes.retain(|_, inode| {
+            let goes = inode.identity.share == share;
+            closed += usize::from(goes && !inode.is_root() && inode.descriptor.is_some());
+            !goes
+        });
+        self.descriptors -= closed;
+        let inodes = &self.inodes;
+        self.closable.retain(|number| inodes.contains_key(number));
     }
 
     /// How many inodes and descriptors there are, without the shares' own.
@@ -291,7 +312,7 @@ impl InodeTable {
 
     /// The root of a share, by its number.
     pub fn look_up_root(&mut self, share: u32) -> io::Result<(u64, Statx)> {
-        let number = ROOT + 1 + u64::from(share);
+        let number = *self.roots.get(&share).ok_or_else(|| errno(libc::ENOENT))?;
         let found = self.stat(number)?;
         let inode = self.get_mut(number)?;
         inode.lookups = inode.lookups.saturating_add(1);

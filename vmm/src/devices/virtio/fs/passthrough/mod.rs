@@ -19,15 +19,18 @@ mod requests;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use fuse_backend_rs::api::filesystem::{Context, DirEntry, Entry, OpenOptions};
 use rustix::fs::{CWD, FileType, Mode, OFlags, RawDir, SeekFrom, Statx, openat, seek};
+
+use vmm_api::MAX_LIVE_SHARES;
 
 use super::FsMetrics;
 use crate::devices::virtio::lock;
@@ -59,6 +62,15 @@ pub struct Share {
     pub exclusive: bool,
 }
 
+impl From<Share> for Root {
+    fn from(share: Share) -> Self {
+        Self {
+            descriptor: Arc::new(share.root),
+            exclusive: share.exclusive,
+        }
+    }
+}
+
 /// What the file system needs of its thread.
 #[derive(Debug, Clone, Copy)]
 pub struct Surroundings {
@@ -73,11 +85,19 @@ pub struct Surroundings {
 /// The file system.
 #[derive(Debug)]
 pub struct Passthrough {
-    roots: Vec<Arc<OwnedFd>>,
-    exclusive: Vec<bool>,
+    roots: Mutex<Roots>,
     surroundings: Surroundings,
     state: Mutex<State>,
     metrics: Arc<FsMetrics>,
+}
+
+/// The shares there are, by index.
+type Roots = BTreeMap<u32, Root>;
+
+#[derive(Debug)]
+struct Root {
+    descriptor: Arc<OwnedFd>,
+    exclusive: bool,
 }
 
 #[derive(Debug)]
@@ -89,9 +109,13 @@ struct State {
 }
 
 impl State {
-    fn new(roots: &[Arc<OwnedFd>], surroundings: &Surroundings) -> io::Result<Self> {
+    fn new(roots: &Roots, surroundings: &Surroundings) -> io::Result<Self> {
+        let mut inodes = InodeTable::new(surroundings.limits);
+        for (share, root) in roots {
+            inodes.add_root(*share, &root.descriptor)?;
+        }
         Ok(Self {
-            inodes: InodeTable::new(roots, surroundings.limits)?,
+            inodes,
             handles: HandleTable::new(surroundings.handles),
             creator: Creator::new(surroundings.changes_user),
             devices: Devices::default(),
@@ -102,23 +126,62 @@ impl State {
 impl Passthrough {
     /// A file system of these shares.
     pub fn new(shares: Vec<Share>, surroundings: Surroundings, metrics: Arc<FsMetrics>) -> io::Result<Self> {
-        let (roots, exclusive): (Vec<_>, Vec<_>) = shares
-            .into_iter()
-            .map(|share| (Arc::new(share.root), share.exclusive))
-            .unzip();
+        let roots: Roots = (0..)
+            .zip(shares)
+            .map(|(index, share)| (index, share.into()))
+            .collect();
         let state = Mutex::new(State::new(&roots, &surroundings)?);
         Ok(Self {
-            roots,
-            exclusive,
+            roots: Mutex::new(roots),
             surroundings,
             state,
             metrics,
         })
     }
 
-    /// The descriptors of the shares.
-    pub fn roots(&self) -> impl Iterator<Item = &OwnedFd> {
-        self.roots.iter().map(|root| &**root)
+    /// The descriptors of the shares, by number.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        let roots = self.roots();
+        roots.values().map(|root| root.descriptor.as_raw_fd()).collect()
+    }
+
+    /// There is one more share.
+    pub fn add(&self, index: u32, share: Share) -> io::Result<()> {
+        let mut state = self.state();
+        let mut roots = self.roots();
+        if roots.contains_key(&index) {
+            return Err(errno(libc::EEXIST));
+        }
+        if roots.len() >= MAX_LIVE_SHARES {
+            return Err(errno(libc::ENFILE));
+        }
+        let root = Root::from(share);
+        state.inodes.add_root(index, &root.descriptor)?;
+        roots.insert(index, root);
+        Ok(())
+    }
+
+    /// A share goes, with every descriptor beneath it; what the guest still has open there is stale.
+    pub fn remove(&self, index: u32) -> io::Result<()> {
+        let mut state = self.state();
+        self.roots().remove(&index).ok_or_else(|| errno(libc::ENOENT))?;
+        let State { inodes, handles, .. } = &mut *state;
+        handles.remove_those(|inode| inodes.share(inode).is_ok_and(|share| share == index));
+        inodes.remove_share(index);
+        self.count(&state);
+        Ok(())
+    }
+
+    /// Locked after the state, where both are.
+    fn roots(&self) -> MutexGuard<'_, Roots> {
+        lock(&self.roots)
+    }
+
+    /// The file system as it is for a guest that knows nothing of it.
+    fn forget_all(&self) -> io::Result<()> {
+        let mut state = self.state();
+        *state = State::new(&self.roots(), &self.surroundings)?;
+        Ok(())
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -142,7 +205,7 @@ impl Passthrough {
     }
 
     fn is_exclusive(&self, share: u32) -> bool {
-        usize::try_from(share).is_ok_and(|share| self.exclusive.get(share) == Some(&true))
+        self.roots().get(&share).is_some_and(|root| root.exclusive)
     }
 
     /// The path that leads to what an open descriptor refers to, whatever that is.
@@ -167,7 +230,7 @@ impl Passthrough {
 
     fn look_up(&self, state: &mut State, parent: u64, name: &CStr) -> io::Result<Entry> {
         let (number, found) = if parent == ROOT {
-            let share = share_index(name, self.roots.len()).ok_or_else(|| errno(libc::ENOENT))?;
+            let share = share_index(name).ok_or_else(|| errno(libc::ENOENT))?;
             state.inodes.look_up_root(share)?
         } else {
             let holds = !self.is_exclusive(state.inodes.share(parent)?);
@@ -327,8 +390,10 @@ impl Passthrough {
         offset: u64,
         add: &mut dyn FnMut(DirEntry<'_>, &CStr) -> io::Result<usize>,
     ) -> io::Result<()> {
-        for next in offset.saturating_add(1)..=self.roots.len() as u64 {
-            let name = (next - 1).to_string();
+        let first = u32::try_from(offset).unwrap_or(u32::MAX);
+        for index in self.roots().range(first..).map(|(index, _)| *index) {
+            let name = index.to_string();
+            let next = u64::from(index) + 1;
             let entry = DirEntry {
                 ino: ROOT + next,
                 offset: next,
@@ -343,12 +408,11 @@ impl Passthrough {
     }
 }
 
-/// The share that a name in the root means.
-fn share_index(name: &CStr, shares: usize) -> Option<u32> {
+/// The share that a name in the root means, if there is one.
+fn share_index(name: &CStr) -> Option<u32> {
     let text = name.to_str().ok()?;
     let index: u32 = text.parse().ok()?;
-    let known = usize::try_from(index).is_ok_and(|index| index < shares);
-    (known && index.to_string() == text).then_some(index)
+    (index.to_string() == text).then_some(index)
 }
 
 /// `DT_…` of a kind of file.

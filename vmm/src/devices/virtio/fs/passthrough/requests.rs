@@ -22,7 +22,7 @@ use rustix::fs::{
 use super::attributes::{self, change, to_stat};
 use super::identity::WithoutSetId;
 use super::inodes::{ROOT, stat_open};
-use super::{EXCLUSIVE_TIMEOUT, MAX_LINK_BYTES, Passthrough, State, errno};
+use super::{EXCLUSIVE_TIMEOUT, MAX_LINK_BYTES, Passthrough, errno};
 use crate::devices::virtio::lock;
 
 /// The flags an open of a regular file is made with: those that mean something for the host's file. Its creation, and whether
@@ -55,7 +55,7 @@ impl FileSystem for Passthrough {
 
     fn init(&self, _capable: FsOptions) -> io::Result<FsOptions> {
         // A new mount begins from nothing.
-        *self.state() = State::new(&self.roots, &self.surroundings)?;
+        self.forget_all()?;
         Ok(FsOptions::ASYNC_READ
             | FsOptions::PARALLEL_DIROPS
             | FsOptions::BIG_WRITES
@@ -68,8 +68,8 @@ impl FileSystem for Passthrough {
     }
 
     fn destroy(&self) {
-        if let Ok(state) = State::new(&self.roots, &self.surroundings) {
-            *self.state() = state;
+        if let Err(error) = self.forget_all() {
+            tracing::debug!(%error, "what a guest knew that has gone is kept");
         }
     }
 
@@ -97,7 +97,7 @@ impl FileSystem for Passthrough {
     ) -> io::Result<(libc::stat64, Duration)> {
         let mut state = self.state();
         if inode == ROOT {
-            return Ok((attributes::root(self.roots.len()), EXCLUSIVE_TIMEOUT));
+            return Ok((attributes::root(self.roots().len()), EXCLUSIVE_TIMEOUT));
         }
         let timeout = self.timeout(state.inodes.share(inode)?);
         let handle = handle.and_then(|handle| state.handles.get(handle, inode, false).ok());

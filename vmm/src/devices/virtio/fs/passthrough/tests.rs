@@ -459,3 +459,72 @@ fn a_file_can_be_a_share() {
     );
     assert_eq!(number(fs.opendir(&context, entry.inode, 0)), libc::ENOTDIR);
 }
+
+/// Descriptors of this process that lead beneath a directory.
+fn descriptors_beneath(directory: &std::path::Path) -> usize {
+    let entries = fs::read_dir("/proc/self/fd").unwrap();
+    let targets = entries.filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());
+    targets.filter(|target| target.starts_with(directory)).count()
+}
+
+#[test]
+fn share_that_goes_takes_its_descriptors_along_and_leaves_the_others() {
+    let shared = Shared::new(small());
+    let second = World::new();
+    let share = || Share {
+        root: second.root(),
+        exclusive: false,
+    };
+    assert_eq!(number(shared.fs.remove(9)), libc::ENOENT);
+    shared.fs.add(9, share()).unwrap();
+    assert_eq!(number(shared.fs.add(9, share())), libc::EEXIST);
+    let root = shared.look_up(ROOT, "9").unwrap().inode;
+    let file = shared.look_up(root, "file").unwrap().inode;
+    let directory = shared.look_up(root, "dir").unwrap().inode;
+    let handle = shared.open(file, libc::O_RDWR).unwrap();
+    assert!(descriptors_beneath(&second.share()) >= 3);
+    let own = shared.look_up(shared.root, "file").unwrap().inode;
+
+    shared.fs.remove(9).unwrap();
+    assert_eq!(descriptors_beneath(&second.share()), 0);
+    for gone in [root, file, directory] {
+        let asked = shared.fs.getattr(&shared.context, gone, Some(handle));
+        assert_eq!(number(asked), libc::ESTALE);
+    }
+    assert_eq!(number(shared.look_up(ROOT, "9")), libc::ENOENT);
+    let released = shared
+        .fs
+        .release(&shared.context, file, 0, handle, false, false, None);
+    assert_eq!(number(released), libc::EBADF);
+    // The guest's kernel forgets it when it gets to it.
+    shared.fs.forget(&shared.context, file, 1);
+    assert!(shared.fs.getattr(&shared.context, own, None).is_ok());
+    shared.open(own, libc::O_RDONLY).unwrap();
+
+    // What comes later is another file, whatever it is called.
+    shared.fs.add(9, share()).unwrap();
+    assert_ne!(shared.look_up(ROOT, "9").unwrap().inode, root);
+    shared.fs.remove(9).unwrap();
+}
+
+#[test]
+fn shares_are_bounded_and_listed_by_index() {
+    let shared = Shared::new(small());
+    let share = || Share {
+        root: shared.world.root(),
+        exclusive: false,
+    };
+    for index in 1..u32::try_from(MAX_LIVE_SHARES).unwrap() {
+        shared.fs.add(index * 3, share()).unwrap();
+    }
+    assert_eq!(number(shared.fs.add(7, share())), libc::ENFILE);
+    shared.fs.remove(3).unwrap();
+    let mut names = Vec::new();
+    let mut add = |entry: DirEntry<'_>, _: &CStr| {
+        names.push(String::from_utf8(entry.name.to_vec()).unwrap());
+        Ok(1)
+    };
+    shared.fs.entries(ROOT, 0, 0, &mut add).unwrap();
+    assert_eq!(names.len(), MAX_LIVE_SHARES - 1);
+    assert_eq!(names[..3], ["0", "6", "9"]);
+}
