@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use hull_tests::containerd::Programs;
 use hull_tests::cri::{
     ContainerConfig, ContainerStatsResponse, Cri, Empty, ExecSyncResponse, HULL, LinuxResources, Mount,
     PodConfig, PodStatusResponse, RunPodRequest, RunPodResponse, UpdateContainerRequest,
@@ -179,6 +180,41 @@ fn containers_share_the_pods_network_memory_and_name_and_no_root_or_processes() 
     world.cri.remove(&first);
     assert_eq!(world.prints(&second, "cat /dev/shm/note"), "remembered");
     world.end(&[&first, &second]);
+}
+
+#[test]
+fn microvm_has_room_for_the_limits_of_all_containers_as_newer_daemons_tell_them() {
+    let Some(programs) = Programs::of_suite("trixie") else {
+        return;
+    };
+    let Some(cri) = Cri::of(programs, &["redis", "busybox"]) else {
+        return;
+    };
+    let mut pod = cri.pod("sized");
+    pod.annotations.insert(POD.to_owned(), "microvm".to_owned());
+    pod.linux.mut_or_insert_default().resources = MessageField::some(LinuxResources {
+        cpu_period: 100_000,
+        cpu_quota: 150_000,
+        memory_limit_in_bytes: 160 << 20,
+        ..LinuxResources::default()
+    });
+    let pod_id = cri.run_pod(HULL, &pod);
+    let start = |name: &str| {
+        let container = Cri::container(name, "busybox", &["sleep", "1000"]);
+        cri.start(&pod_id, &pod, limited(container, 80 << 20))
+    };
+    let (one, two) = (start("one"), start("two"));
+    let size = "awk '/^MemTotal:/ {print $2}' /proc/meminfo";
+    let (_, total_kib, _) = cri.exec(&one, &["sh", "-c", size]);
+    // The limits, and what the guest's kernel needs beside, less what it keeps for itself.
+    let total_kib: u64 = total_kib.parse().unwrap();
+    assert!((160 << 10..224 << 10).contains(&total_kib), "{total_kib}");
+    assert_eq!(cri.exec(&two, &["nproc"]).1, "2");
+    cri.remove_pod(&pod_id);
+    assert_eq!(
+        cri.containerd.settle(&[&pod_id, &one, &two]),
+        Vec::<String>::new()
+    );
 }
 
 #[test]
