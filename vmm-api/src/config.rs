@@ -203,7 +203,16 @@ pub struct FsShareConfig {
     /// Nobody but the guest changes it, so that the guest may rely on what it knows for some seconds.
     #[serde(default)]
     pub exclusive: bool,
+    /// Makes it the upper layer of an overlay: two directories, [`UPPER_DIR`] and [`WORK_DIR`], beside which nothing can be
+    /// made. At this socket (a connected one of packets) somebody reads and writes overlayfs' marks: see [`crate::marks`].
+    #[serde(default)]
+    pub overlay_marks: Option<ResourceRef>,
 }
+
+/// Where the upper layer is in a share that is one.
+pub const UPPER_DIR: &str = "fs";
+/// The directory that overlayfs works in, beside it.
+pub const WORK_DIR: &str = "work";
 
 /// The virtio socket device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -22,6 +22,7 @@
 mod client;
 mod config;
 mod frame;
+pub mod marks;
 mod message;
 mod metrics;
 mod share_orders;
@@ -29,7 +30,7 @@ mod share_orders;
 pub use client::{Client, ClientError};
 pub use config::{
     BalloonConfig, BlkConfig, BootProtocol, FsConfig, FsShareConfig, GuestPortConfig, HugePages, IoEngine,
-    NetConfig, RateLimit, ResourceRef, SerialConfig, TokenBucket, VmConfig, VsockConfig,
+    NetConfig, RateLimit, ResourceRef, SerialConfig, TokenBucket, UPPER_DIR, VmConfig, VsockConfig, WORK_DIR,
 };
 pub use frame::{
     Frame, FrameError, FrameReader, HEADER_BYTES, MAX_FDS, MAX_PAYLOAD_BYTES, Received, write_frame,

@@ -303,9 +303,15 @@ fn open_fs(config: vmm_api::FsConfig, resources: &mut Resources) -> Result<FsRes
         .enumerate()
         .map(|(index, share)| {
             let root = resources.share(&share.source, share.read_only, &format!("fs.shares[{index}]"))?;
+            let marks = share
+                .overlay_marks
+                .as_ref()
+                .map(|marks| resources.packet_socket(marks, &format!("fs.shares[{index}].overlay_marks")))
+                .transpose()?;
             Ok(Share {
                 root,
                 exclusive: share.exclusive,
+                marks,
             })
         })
         .collect::<Result<_, ConfigError>>()?;

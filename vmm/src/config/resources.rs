@@ -1,6 +1,7 @@
 //! What a configuration's resources are taken from: descriptors that came with a frame, or paths of a trusted command line.
 
 use rustix::fs::{FileType, OFlags, StatVfsMountFlags, fcntl_getfl, fstat, fstatvfs};
+use rustix::net::{AddressFamily, SocketType, sockopt};
 use std::{
     fs::{File, OpenOptions},
     io,
@@ -217,7 +218,6 @@ impl Resources {
     /// # Errors
     /// [`ResourceError`].
     pub fn packet_socket(&mut self, reference: &ResourceRef, field: &str) -> Result<OwnedFd, ResourceError> {
-        use rustix::net::{AddressFamily, SocketType, sockopt};
         let fd = self.descriptor(reference, field)?;
         let is_right = sockopt::socket_domain(&fd) == Ok(AddressFamily::UNIX)
             && sockopt::socket_type(&fd) == Ok(SocketType::SEQPACKET);
@@ -329,7 +329,6 @@ fn check_mode(file: &File, access: Access, field: &str) -> Result<(), ResourceEr
 }
 
 fn check_socket(fd: &OwnedFd, listening: bool, field: &str) -> Result<(), ResourceError> {
-    use rustix::net::{AddressFamily, SocketType, sockopt};
     let expected = if listening {
         "a listening Unix stream socket"
     } else {

@@ -71,6 +71,7 @@ fn device(world: &World) -> Fs {
     let share = Share {
         root: world.root(),
         exclusive: false,
+        marks: None,
     };
     let spec = FsSpec::new("hull", vec![share], 64).unwrap();
     let thread = ShareThread::start_unconfined().unwrap();
@@ -152,6 +153,7 @@ fn specifications_that_make_no_sense_are_refused() {
     let share = || Share {
         root: world.root(),
         exclusive: false,
+        marks: None,
     };
     for tag in ["", "has space", &"x".repeat(37)] {
         let error = FsSpec::new(tag, vec![share()], 64).unwrap_err();
@@ -314,6 +316,7 @@ fn a_thread_that_cannot_confine_itself_serves_nobody() {
     let share = Share {
         root: world.root(),
         exclusive: false,
+        marks: None,
     };
     let spec = FsSpec::new("hull", vec![share], 64).unwrap();
     let thread = ShareThread::start_unconfined().unwrap();

@@ -108,6 +108,11 @@ impl Service {
             .chain([progress.wake.as_raw_fd()])
             .chain(share_orders.iter().map(|orders| orders.as_fd().as_raw_fd()))
             .collect();
+        let of_layers = passthrough.confinement();
+        let confine: Confine = Box::new(move |descriptors| {
+            of_layers()?;
+            confine(descriptors)
+        });
         Self {
             server: Server::new(Arc::clone(&passthrough)),
             passthrough,

@@ -204,6 +204,11 @@ impl InodeTable {
         Ok(self.get(number)?.identity.share)
     }
 
+    /// Whether it is the root of a share.
+    pub fn is_share_root(&self, number: u64) -> io::Result<bool> {
+        Ok(self.get(number)?.is_root())
+    }
+
     /// What kind of file it is.
     pub fn kind(&self, number: u64) -> io::Result<FileType> {
         Ok(self.get(number)?.kind)

@@ -15,6 +15,7 @@ mod attributes;
 mod handles;
 mod identity;
 mod inodes;
+mod layer;
 mod requests;
 #[cfg(test)]
 mod tests;
@@ -38,6 +39,7 @@ use attributes::{Devices, to_stat};
 use handles::{Handle, HandleTable};
 use identity::{Creator, WithoutSetId};
 use inodes::{InodeTable, ROOT, check_name, stat_open};
+use layer::Marks;
 
 pub use inodes::Limits;
 
@@ -60,6 +62,8 @@ pub struct Share {
     pub root: OwnedFd,
     /// Nobody but the guest changes it.
     pub exclusive: bool,
+    /// It is the upper layer of an overlay, whose marks are dealt with at this socket.
+    pub marks: Option<OwnedFd>,
 }
 
 impl From<Share> for Root {
@@ -86,6 +90,8 @@ pub struct Surroundings {
 #[derive(Debug)]
 pub struct Passthrough {
     roots: Mutex<Roots>,
+    /// Of the shares the microVM began with: a layer is never added later.
+    marks: Vec<Option<Marks>>,
     surroundings: Surroundings,
     state: Mutex<State>,
     metrics: Arc<FsMetrics>,
@@ -126,30 +132,36 @@ impl State {
 impl Passthrough {
     /// A file system of these shares.
     pub fn new(shares: Vec<Share>, surroundings: Surroundings, metrics: Arc<FsMetrics>) -> io::Result<Self> {
-        let roots: Roots = (0..)
-            .zip(shares)
-            .map(|(index, share)| (index, share.into()))
-            .collect();
+        let (mut roots, mut marks) = (Roots::new(), Vec::new());
+        for (index, mut share) in (0..).zip(shares) {
+            marks.push(share.marks.take().map(Marks));
+            roots.insert(index, share.into());
+        }
         let state = Mutex::new(State::new(&roots, &surroundings)?);
         Ok(Self {
             roots: Mutex::new(roots),
+            marks,
             surroundings,
             state,
             metrics,
         })
     }
 
-    /// The descriptors of the shares, by number.
+    /// The descriptors of the shares, and of what belongs to them, by number.
     pub fn descriptors(&self) -> Vec<RawFd> {
         let roots = self.roots();
-        roots.values().map(|root| root.descriptor.as_raw_fd()).collect()
+        let roots = roots.values().map(|root| root.descriptor.as_raw_fd());
+        roots
+            .chain(self.marks.iter().flatten().map(|marks| marks.0.as_raw_fd()))
+            .collect()
     }
 
     /// There is one more share.
     pub fn add(&self, index: u32, share: Share) -> io::Result<()> {
         let mut state = self.state();
         let mut roots = self.roots();
-        if roots.contains_key(&index) {
+        let was_layer = self.has_marks(index);
+        if roots.contains_key(&index) || was_layer || share.marks.is_some() {
             return Err(errno(libc::EEXIST));
         }
         if roots.len() >= MAX_LIVE_SHARES {
@@ -181,6 +193,35 @@ impl Passthrough {
     fn forget_all(&self) -> io::Result<()> {
         let mut state = self.state();
         *state = State::new(&self.roots(), &self.surroundings)?;
+        Ok(())
+    }
+
+    /// What forbids the calling thread that which must never be done to shares that are layers, if there are any.
+    pub fn confinement(&self) -> impl FnOnce() -> Result<(), String> + Send + use<> {
+        let roots = self.roots();
+        let with_kind = |(index, root): (&u32, &Root)| (Arc::clone(&root.descriptor), self.has_marks(*index));
+        let roots: Vec<_> = roots.iter().map(with_kind).collect();
+        move || match roots.iter().any(|(_, is_layer)| *is_layer) {
+            true => layer::confine(roots.iter().map(|(root, is_layer)| (root.as_fd(), *is_layer))),
+            false => Ok(()),
+        }
+    }
+
+    /// The way to the marks of the share an inode belongs to, if that is a layer.
+    fn marks_of(&self, state: &State, inode: u64) -> io::Result<Option<&Marks>> {
+        let share = usize::try_from(state.inodes.share(inode)?).unwrap_or(usize::MAX);
+        Ok(self.marks.get(share).and_then(Option::as_ref))
+    }
+
+    fn has_marks(&self, share: u32) -> bool {
+        usize::try_from(share).is_ok_and(|share| matches!(self.marks.get(share), Some(Some(_))))
+    }
+
+    /// Refuses what would change the root of a layer.
+    fn check_changeable(&self, state: &State, inode: u64) -> io::Result<()> {
+        if state.inodes.is_share_root(inode)? && self.marks_of(state, inode)?.is_some() {
+            return Err(errno(libc::EPERM));
+        }
         Ok(())
     }
 
@@ -268,6 +309,7 @@ impl Passthrough {
         if parent == ROOT {
             return Err(errno(libc::EROFS));
         }
+        self.check_changeable(state, parent)?;
         state.inodes.descriptor(parent)
     }
 

@@ -22,7 +22,8 @@ use rustix::fs::{
 use super::attributes::{self, change, to_stat};
 use super::identity::WithoutSetId;
 use super::inodes::{ROOT, stat_open};
-use super::{EXCLUSIVE_TIMEOUT, MAX_LINK_BYTES, Passthrough, errno};
+use super::layer::{Marks, is_mark};
+use super::{EXCLUSIVE_TIMEOUT, MAX_LINK_BYTES, Passthrough, State, errno};
 use crate::devices::virtio::lock;
 
 /// The flags an open of a regular file is made with: those that mean something for the host's file. Its creation, and whether
@@ -46,6 +47,26 @@ impl Passthrough {
             return Err(errno(libc::EOPNOTSUPP));
         }
         self.descriptor(&mut self.state(), inode)
+    }
+
+    /// Refuses extended attributes for the root of a layer.
+    fn check_attributes_changeable(&self, inode: u64) -> io::Result<()> {
+        if inode == ROOT {
+            return Ok(());
+        }
+        self.check_changeable(&self.state(), inode)
+    }
+
+    /// The way to a layer's mark and the descriptor of what has it, if `name` is one.
+    fn marked(&self, inode: u64, name: &CStr) -> io::Result<Option<(&Marks, Arc<OwnedFd>)>> {
+        if inode == ROOT || !is_mark(name) {
+            return Ok(None);
+        }
+        let mut state = self.state();
+        let Some(marks) = self.marks_of(&state, inode)? else {
+            return Ok(None);
+        };
+        Ok(Some((marks, self.descriptor(&mut state, inode)?)))
     }
 }
 
@@ -121,6 +142,7 @@ impl FileSystem for Passthrough {
         }
         {
             let mut state = self.state();
+            self.check_changeable(&state, inode)?;
             let descriptor = self.descriptor(&mut state, inode)?;
             let kind = state.inodes.kind(inode)?;
             let open = handle.and_then(|handle| state.handles.get(handle, inode, false).ok());
@@ -408,11 +430,23 @@ impl FileSystem for Passthrough {
         value: &[u8],
         flags: u32,
     ) -> io::Result<()> {
+        self.check_attributes_changeable(inode)?;
+        if let Some((marks, descriptor)) = self.marked(inode, name)? {
+            return marks.set(descriptor.as_fd(), name, value);
+        }
         let descriptor = self.attributed(inode, name)?;
         attributes::set_extended(&self.path_of(&descriptor), name, value, flags)
     }
 
     fn getxattr(&self, _context: &Context, inode: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
+        if let Some((marks, descriptor)) = self.marked(inode, name)? {
+            let value = marks.get(descriptor.as_fd(), name)?;
+            return Ok(match size {
+                0 => GetxattrReply::Count(u32::try_from(value.len()).unwrap_or(u32::MAX)),
+                size if value.len() > size as usize => return Err(errno(libc::ERANGE)),
+                _ => GetxattrReply::Value(value),
+            });
+        }
         let descriptor = self.attributed(inode, name)?;
         attributes::get_extended(&self.path_of(&descriptor), name, size)
     }
@@ -423,6 +457,10 @@ impl FileSystem for Passthrough {
     }
 
     fn removexattr(&self, _context: &Context, inode: u64, name: &CStr) -> io::Result<()> {
+        self.check_attributes_changeable(inode)?;
+        if let Some((marks, descriptor)) = self.marked(inode, name)? {
+            return marks.remove(descriptor.as_fd(), name);
+        }
         let descriptor = self.attributed(inode, name)?;
         attributes::remove_extended(&self.path_of(&descriptor), name)
     }

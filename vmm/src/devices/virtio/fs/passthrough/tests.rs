@@ -41,6 +41,7 @@ impl Shared {
         let share = Share {
             root: world.root(),
             exclusive,
+            marks: None,
         };
         let fs = Passthrough::new(vec![share], surroundings, Arc::default()).unwrap();
         let context = Context::new();
@@ -443,6 +444,7 @@ fn a_file_can_be_a_share() {
     let share = Share {
         root: open_path(&world.share().join("file")),
         exclusive: true,
+        marks: None,
     };
     let fs = Passthrough::new(vec![share], small(), Arc::default()).unwrap();
     let context = Context::new();
