@@ -203,11 +203,44 @@ impl ImageBuilder {
     }
 }
 
+/// Which extended attributes of a directory's files an image gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attributes {
+    /// All.
+    All,
+    /// Those that a file of a layer can be copied up with in a microVM: `user.*`, `security.capability` and overlayfs' own.
+    /// Labels of the host's security modules are left out; anything else, an access control list above all, is an error.
+    OfLayer,
+}
+
+impl Attributes {
+    fn has(self, name: &[u8]) -> Result<bool, ErofsError> {
+        let begins = |prefix: &str| name.starts_with(prefix.as_bytes());
+        if self == Self::All
+            || begins("user.")
+            || begins("trusted.overlay.")
+            || name == b"security.capability"
+        {
+            return Ok(true);
+        }
+        if begins("security.") {
+            return Ok(false);
+        }
+        Err(ErofsError::Xattr {
+            name: String::from_utf8_lossy(name).into_owned(),
+        })
+    }
+}
+
 /// Turn a whole directory into an image, with owners, modes, times, extended attributes, hard links and holes.
 ///
 /// # Errors
-/// The directory can't be read, or the image can't be written.
-pub fn image_from_directory(directory: &Path, image: &Path) -> Result<u64, ErofsError> {
+/// The directory can't be read, has attributes the image shall not have, or the image can't be written.
+pub fn image_from_directory(
+    directory: &Path,
+    image: &Path,
+    attributes: Attributes,
+) -> Result<u64, ErofsError> {
     let parent = image
         .parent()
         .filter(|parent| !parent.as_os_str().is_empty())
@@ -217,10 +250,8 @@ pub fn image_from_directory(directory: &Path, image: &Path) -> Result<u64, Erofs
         let path = path.to_path_buf();
         move |source| ErofsError::Input { path, source }
     };
-    builder.root(metadata_of(
-        directory,
-        &fs::metadata(directory).map_err(input(directory))?,
-    )?)?;
+    let root = fs::metadata(directory).map_err(input(directory))?;
+    builder.root(metadata_of(directory, &root, attributes)?)?;
     let mut seen: HashMap<(u64, u64), InodeId> = HashMap::new();
     let mut todo: Vec<(PathBuf, InodeId)> = vec![(directory.to_path_buf(), Tree::ROOT)];
     while let Some((path, id)) = todo.pop() {
@@ -237,7 +268,7 @@ pub fn image_from_directory(directory: &Path, image: &Path) -> Result<u64, Erofs
                 Some(child) => *child,
                 None => {
                     let node = builder.node_of(&path, &status)?;
-                    let child = builder.tree.add(metadata_of(&path, &status)?, node)?;
+                    let child = builder.tree.add(metadata_of(&path, &status, attributes)?, node)?;
                     if status.is_dir() {
                         todo.push((path, child));
                     } else if status.nlink() > 1 {
@@ -307,7 +338,7 @@ pub(crate) fn symlink_node(data: &mut DataWriter, target: &[u8]) -> Result<Node,
     })
 }
 
-fn metadata_of(path: &Path, status: &fs::Metadata) -> Result<Metadata, ErofsError> {
+fn metadata_of(path: &Path, status: &fs::Metadata, attributes: Attributes) -> Result<Metadata, ErofsError> {
     let mut metadata = Metadata::new(u16::try_from(status.mode() & 0o7777).unwrap_or(0))
         .owned_by(status.uid(), status.gid());
     metadata.mtime = Timestamp {
@@ -324,7 +355,9 @@ fn metadata_of(path: &Path, status: &fs::Metadata) -> Result<Metadata, ErofsErro
         Err(error) => return Err(input(error)),
     };
     for name in names {
-        if let Some(value) = xattr::get(path, &name).map_err(input)? {
+        if attributes.has(name.as_bytes())?
+            && let Some(value) = xattr::get(path, &name).map_err(input)?
+        {
             metadata.xattrs.insert(name.as_bytes().into(), value.into());
         }
     }

@@ -20,7 +20,7 @@ use std::io;
 use std::path::PathBuf;
 
 pub(crate) use builder::symlink_node;
-pub use builder::{ImageBuilder, image_from_directory};
+pub use builder::{Attributes, ImageBuilder, image_from_directory};
 pub use data::{DataWriter, FileWriter};
 pub use reader::{DirEntry, FileKind, Reader, Stat};
 pub use tree::{
