@@ -39,6 +39,10 @@ pub const READY_PORT: u32 = 1023;
 
 /// What the agent mounts the shares by.
 pub const SHARES_TAG: &str = "hull";
+/// Where a share that is a writable layer has it.
+pub const UPPER_DIR: &str = "fs";
+/// The directory that overlayfs works in, beside it.
+pub const WORK_DIR: &str = "work";
 /// The type of a mount that is a share.
 pub const SHARE_MOUNT_TYPE: &str = "virtiofs";
 

@@ -219,6 +219,7 @@ impl Bounded for Rootfs {
                 "rootfs.tmpfs_bytes",
                 "is zero, which would be no limit",
             ),
+            Some(rootfs::Upper::UpperShare(_)) => Ok(()),
             None => require(
                 self.read_only || self.share.is_some(),
                 "rootfs.upper",

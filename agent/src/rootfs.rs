@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use agent_protocol::{FileContent, Rootfs, rootfs::Upper};
+use agent_protocol::{FileContent, Rootfs, UPPER_DIR, WORK_DIR, rootfs::Upper};
 use nix::{
     errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
@@ -90,6 +90,10 @@ impl MountedRootfs {
                 this.kept = Some(upper.clone());
                 this.mount_overlay(spec, &lower, Some(&upper), flags)?;
             }
+            Some(Upper::UpperShare(share)) => {
+                let upper = shares::path(*share).map_err(AgentError::rootfs("mounting the shares"))?;
+                this.mount_over_share(&lower, &upper, flags)?;
+            }
             // Without a writable layer; `Bounded` lets that through only for a read-only root.
             _ => this.mount_read_only(spec, &lower, flags)?,
         }
@@ -159,6 +163,19 @@ impl MountedRootfs {
                 work.display()
             );
         }
+        let root = self.root.clone();
+        self.mount_at("overlay", &root, "overlay", flags, &options)
+    }
+
+    /// The host reads what is written: everything is in its overlayfs' form, which moves no directory of a layer below and
+    /// marks nothing but what hides something.
+    fn mount_over_share(&mut self, lower: &[String], share: &Path, flags: MsFlags) -> Result<(), AgentError> {
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={},redirect_dir=nofollow,metacopy=off,index=off,xino=off,uuid=null",
+            lower.join(":"),
+            share.join(UPPER_DIR).display(),
+            share.join(WORK_DIR).display(),
+        );
         let root = self.root.clone();
         self.mount_at("overlay", &root, "overlay", flags, &options)
     }
