@@ -336,6 +336,7 @@ impl ContainerOptions {
             read_only: self.read_only,
             recursive: true,
             exclusive: true,
+            ..ShareSpec::default()
         });
         Ok(Root {
             rootfs: RootfsSpec {

@@ -321,6 +321,7 @@ fn add(
         read_only,
         recursive,
         exclusive: false,
+        ..ShareSpec::default()
     });
 }
 

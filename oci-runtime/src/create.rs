@@ -95,6 +95,7 @@ impl Making {
             stdio,
             systemd_cgroup: global.systemd_cgroup,
             pod: PodRole::Alone,
+            layers: None,
             components: &components,
         };
         let state = global.bundles()?.create(request).map_err(explained)?;

@@ -28,6 +28,7 @@ mod defaults;
 mod detach_keys;
 mod error;
 mod identity;
+pub mod layers;
 mod lifecycle;
 mod locate;
 pub mod log_driver;

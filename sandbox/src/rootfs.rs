@@ -44,6 +44,11 @@ pub(crate) enum Writable {
     },
     /// On a disk of its own.
     Disk,
+    /// In a snapshot of the host, which is this share.
+    Snapshot {
+        /// Its index.
+        share: u32,
+    },
 }
 
 /// Makes the disk of a container's writable layer: sparse, with a filesystem on it.
@@ -118,6 +123,7 @@ impl RootfsSpec {
         let upper = match writable {
             Writable::Memory { bytes } => Upper::TmpfsBytes(bytes),
             Writable::Disk => Upper::BlockSerial(WRITABLE_SERIAL.into()),
+            Writable::Snapshot { share } => Upper::UpperShare(share),
         };
         if self.share.is_some() {
             return agent_protocol::Rootfs {

@@ -20,7 +20,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{Result, SandboxError};
+use crate::{Result, SandboxError, layers::serve_marks};
 
 /// Most shares of one microVM; their descriptors go to the VMM in one message.
 pub const MAX_SHARES: usize = 32;
@@ -37,6 +37,8 @@ pub struct ShareSpec {
     pub recursive: bool,
     /// Nobody but this container changes it, so that the guest may rely for some seconds on what it knows.
     pub exclusive: bool,
+    /// It is a snapshot, whose upper layer the container writes: see [`crate::layers`].
+    pub snapshot: bool,
 }
 
 /// Where a container sees a share.
@@ -62,6 +64,8 @@ pub(crate) struct OpenShare {
     pub(crate) root: OwnedFd,
     pub(crate) read_only: bool,
     pub(crate) exclusive: bool,
+    /// The VMM's end of the socket at which overlayfs' marks are dealt with.
+    pub(crate) marks: Option<OwnedFd>,
 }
 
 /// Makes the mounts of all shares.
@@ -86,10 +90,15 @@ fn open(share: &ShareSpec) -> Result<OpenShare> {
     } else {
         open_as_user(source, share)?
     };
+    let marks = match share.snapshot {
+        true => Some(serve_marks(root.as_fd()).map_err(SandboxError::io("sharing", source))?),
+        false => None,
+    };
     Ok(OpenShare {
         root,
         read_only: share.read_only,
         exclusive: share.exclusive,
+        marks,
     })
 }
 

@@ -352,6 +352,7 @@ fn config<'a>(parts: &'a VmParts, fds: &mut Vec<BorrowedFd<'a>>) -> VmConfig {
             source: attach(share.root.as_fd()),
             read_only: share.read_only,
             exclusive: share.exclusive,
+            overlay_marks: share.marks.as_ref().map(|marks| attach(marks.as_fd())),
         })
         .collect();
     let orders = parts.share_orders.as_ref().map(|orders| attach(orders.as_fd()));

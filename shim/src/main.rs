@@ -17,6 +17,7 @@ mod delete;
 mod error;
 mod exec;
 mod grouping;
+mod layers;
 mod log;
 mod log_program;
 mod metrics;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
     match std::env::args_os().nth(1) {
         Some(verb) if verb == sandbox::monitor::VERB => return sandbox::monitor::main(),
         Some(verb) if verb == pause::VERB => return pause::main(),
+        Some(verb) if verb == layers::VERB => return layers::main(),
         _ => {}
     }
     let words = std::env::args_os()

@@ -14,6 +14,7 @@ use sandbox::{
     Components, Directories,
     agent_client::{AgentClient, CALL_TIMEOUT, Pending},
     bundle::{BundleError, BundleExit, BundleStdio, Bundles, CreateBundle, PodRole},
+    layers::LayeredRootfs,
     log_driver::OutputStream,
 };
 use sha2::{Digest as _, Sha256};
@@ -39,6 +40,18 @@ pub struct MicroVms {
     bundles: Bundles,
 }
 
+/// What one is made of.
+#[derive(Debug)]
+pub struct NewMicroVm<'a> {
+    pub id: &'a str,
+    pub bundle: &'a Path,
+    pub spec: Spec,
+    /// Whether it is a pod's.
+    pub pod: PodRole,
+    /// Its root filesystem, if that isn't what is mounted in the bundle.
+    pub layers: Option<LayeredRootfs>,
+}
+
 /// Where their state is.
 fn root(run: &Path, arguments: &Arguments) -> PathBuf {
     let mut name = String::new();
@@ -58,14 +71,10 @@ impl MicroVms {
         })
     }
 
-    /// Makes one with the container in it, or the container in that of its pod; its process waits to be started. The pid of the process that stands for it.
-    pub fn create(
-        &self,
-        (id, bundle): (&str, &Path),
-        spec: Spec,
-        pod: PodRole,
-        streams: Streams,
-    ) -> Result<(MicroVm, u32)> {
+    /// Makes one with the container in it, or the container in that of its pod; its process waits to be started. The pid of the
+    /// process that stands for it.
+    pub fn create(&self, new: NewMicroVm<'_>, streams: Streams) -> Result<(MicroVm, u32)> {
+        let NewMicroVm { id, bundle, spec, .. } = new;
         if let Some(stdin) = &streams.stdin {
             // Whoever reads it waits for what comes.
             rustix::io::ioctl_fionbio(stdin, false).map_err(ShimError::system("preparing stdin"))?;
@@ -81,7 +90,8 @@ impl MicroVms {
                 console_socket: None,
             },
             systemd_cgroup: names_a_scope(&spec),
-            pod,
+            pod: new.pod,
+            layers: new.layers,
             components: &Components::find()?,
         })?;
         let pid = u32::try_from(state.pid).unwrap_or(0);

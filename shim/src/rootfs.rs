@@ -83,6 +83,12 @@ impl Parsed {
     }
 }
 
+/// Makes the folder, where nothing will be mounted.
+pub fn prepare(bundle: &Path) -> Result<()> {
+    let target = path(bundle);
+    std::fs::create_dir_all(&target).map_err(ShimError::io("creating", &target))
+}
+
 /// Mounts them, one over the other, at the bundle's root filesystem. What was mounted is taken away again if one fails.
 pub fn mount_all(bundle: &Path, mounts: &[Mount]) -> Result<()> {
     let target = path(bundle);

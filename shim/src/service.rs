@@ -23,8 +23,9 @@ use serde::de::DeserializeOwned;
 
 use crate::{
     error::{Result, ShimError},
+    layers,
     metrics::{self, Form},
-    microvm::MicroVms,
+    microvm::{MicroVms, NewMicroVm},
     pause,
     pod::{self, Interfaces, Role},
     process::{Exit, Process, Waiter},
@@ -155,12 +156,26 @@ impl Service {
             if role == Role::Member && in_pod == PodRole::Alone {
                 pod::separate(&mut spec, &request.id, &self.interfaces);
             }
-            rootfs::mount_all(&bundle, &request.rootfs)?;
+            // Containers of a pod's microVM get their shares while it runs, and no disks.
+            let mut plan = match in_pod {
+                PodRole::Alone => layers::Plan::of(&spec, &request.rootfs),
+                _ => layers::Plan::default(),
+            };
+            match plan.layers {
+                Some(_) => rootfs::prepare(&bundle)?,
+                None => rootfs::mount_all(&bundle, &request.rootfs)?,
+            }
             let mut streams = names.open((&request.id, &self.namespace))?;
             let kept = std::mem::take(&mut streams.kept);
-            let (microvm, pid) = self
-                .microvms
-                .create((&request.id, &bundle), spec, in_pod, streams)?;
+            let made = NewMicroVm {
+                id: &request.id,
+                bundle: &bundle,
+                spec,
+                pod: in_pod,
+                layers: plan.layers.take(),
+            };
+            let (microvm, pid) = self.microvms.create(made, streams)?;
+            plan.finish();
             (Body::MicroVm(microvm), Process::new(pid, kept))
         };
         let pid = init.pid;

@@ -29,6 +29,7 @@ use crate::{
     agent_client::AgentClient,
     attach::process_ref,
     container_record::{RunInfo, now_ms},
+    layers::LayeredRootfs,
     monitor::{Connection, Launcher, Request as MonitorRequest},
     stdio::connect_ports,
 };
@@ -59,6 +60,9 @@ pub struct CreateBundle<'a> {
     pub systemd_cgroup: bool,
     /// Whether its microVM is a pod's.
     pub pod: PodRole,
+    /// What its root filesystem is made of, instead of the directory the configuration says: that one is what others see of
+    /// it on the host, and nothing can be written to it.
+    pub layers: Option<LayeredRootfs>,
     /// The parts of the installation.
     pub components: &'a Components,
 }
@@ -188,6 +192,7 @@ impl Bundles {
             stdio,
             hooks: has_hooks,
             systemd_cgroup: request.systemd_cgroup,
+            layers: request.layers.clone(),
         });
         let fds: Vec<BorrowedFd<'_>> = std::iter::once(home.as_fd()).chain(streams).collect();
         let sent = connection.send(&message, &fds);

@@ -33,12 +33,13 @@ use crate::{
     Components, SandboxError,
     agent_client::{AgentClient, CALL_TIMEOUT},
     container_record::RunInfo,
+    layers::LayeredRootfs,
     lifecycle::{Shape, boot, wait_ready},
     monitor::{Connection, Incoming},
     network::{NetworkMode, Wiring, interfaces_here},
     oci_spec::{Network, PodPart, Policy, Translated, translate_in_pod},
-    rootfs::RootfsSpec,
-    shares,
+    rootfs::{RootfsSpec, Writable},
+    shares::{self, ShareSpec},
     stdio::connect_ports,
     vmm_client::{Vmm, check_kvm},
 };
@@ -79,7 +80,7 @@ pub(crate) fn serve(
             &request.components,
             stdio,
             &mut connection,
-            (hooks, systemd_cgroup),
+            (hooks, systemd_cgroup, request.layers),
         ),
     };
     match created.and_then(|created| Server::new(home, record, created)) {
@@ -95,7 +96,7 @@ fn launch(
     components: &Components,
     stdio: BundleStdio,
     client: &mut Connection,
-    (hooks, systemd_cgroup): (bool, bool),
+    (hooks, systemd_cgroup, layers): (bool, bool, Option<LayeredRootfs>),
 ) -> Result<Created> {
     check_kvm()?;
     let spec = home.spec()?;
@@ -134,9 +135,9 @@ fn launch(
     }
     let input = stdio.has_input();
     let ends = Ends::new(stdio, record.terminal, translated.console_size)?;
-    let view = MountView::planned(&translated)?;
+    let (rootfs, view) = plan_root(&mut translated, layers)?;
     let request = request_of(record, &mut translated, input);
-    let disks = RootfsSpec::default().open_disks(&components.agent_image)?;
+    let disks = rootfs.open_disks(&components.agent_image)?;
     let shares = shares::open_all(&translated.shares)?;
     let shared = !shares.is_empty();
     let (pod, share_orders) = if is_pods {
@@ -186,6 +187,35 @@ fn launch(
         input,
         signals,
     })
+}
+
+/// What its root filesystem is, for the microVM and for who looks at it on the host. The root's share is the last one.
+fn plan_root(
+    translated: &mut Translated,
+    layers: Option<LayeredRootfs>,
+) -> Result<(RootfsSpec, Option<MountView>)> {
+    let Some(LayeredRootfs { layers, snapshot }) = layers else {
+        return Ok((RootfsSpec::default(), MountView::planned(translated)?));
+    };
+    if let Some(shown) = translated.shares.last_mut() {
+        shown.read_only = true;
+    }
+    let view = MountView::planned(translated)?;
+    translated.shares.pop();
+    let share = u32::try_from(translated.shares.len()).unwrap_or(u32::MAX);
+    translated.shares.push(ShareSpec {
+        source: snapshot,
+        exclusive: true,
+        snapshot: true,
+        ..ShareSpec::default()
+    });
+    let spec = RootfsSpec {
+        layers,
+        ..RootfsSpec::default()
+    };
+    let read_only = translated.request.rootfs.read_only;
+    translated.request.rootfs = Some(spec.for_agent(read_only, Writable::Snapshot { share })).into();
+    Ok((spec, view))
 }
 
 /// What a microVM of this size may use on the host: its memory, and what the VMM needs for itself and to keep files of

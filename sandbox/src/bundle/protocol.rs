@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::{error::Refusal, pod_shares::WantedShare, record::BundleExit};
-use crate::{Components, SandboxId};
+use crate::{Components, SandboxId, layers::LayeredRootfs};
 
 /// Which descriptors come along with a message, in this order, behind those the message says itself.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +40,8 @@ pub(crate) struct LaunchRequest {
     pub(super) hooks: bool,
     /// How `linux.cgroupsPath` is meant.
     pub(super) systemd_cgroup: bool,
+    /// What its root filesystem is made of, if it isn't the directory the configuration says.
+    pub(super) layers: Option<LayeredRootfs>,
 }
 
 /// Run a further process; what it is comes along as the first descriptor, a file with the agent's request.

@@ -18,6 +18,18 @@ const VCPUS: &str = "io.hull.vcpus";
 const KERNEL_PARAMS: &str = "io.hull.kernel_params";
 /// What becomes of a namespace that would be the host's.
 pub(super) const HOST_NAMESPACES: &str = "io.hull.host_namespaces";
+/// How a snapshotter's root filesystem gets into the microVM: see [`crate::layers`].
+const ROOTFS: &str = "io.hull.rootfs";
+const SHARED: &str = "shared";
+
+/// Whether a container's root filesystem shall be shared as it is mounted on the host, whatever is known of its layers.
+#[must_use]
+pub fn wants_shared_rootfs(spec: &Spec) -> bool {
+    let annotations = spec.annotations().as_ref();
+    annotations
+        .and_then(|all| all.get(ROOTFS))
+        .is_some_and(|value| value == SHARED)
+}
 
 /// What a pod is made of.
 pub(super) const POD: &str = "io.hull.pod";
@@ -95,11 +107,16 @@ impl Annotations {
                 _ => return invalid(field(), format!("{value:?} is neither private nor refuse")),
             },
             POD => self.pod = pod(value)?,
+            ROOTFS => {
+                if !["layers", SHARED].contains(&value) {
+                    return invalid(field(), format!("{value:?} is neither layers nor {SHARED}"));
+                }
+            }
             _ => {
                 return invalid(
                     field(),
                     format!(
-                        "is not known; there are {MEMORY_MIB}, {VCPUS}, {KERNEL_PARAMS}, {HOST_NAMESPACES} and {POD}"
+                        "is not known; there are {MEMORY_MIB}, {VCPUS}, {KERNEL_PARAMS}, {HOST_NAMESPACES}, {POD} and {ROOTFS}"
                     ),
                 );
             }
@@ -189,6 +206,7 @@ mod tests {
             (KERNEL_PARAMS, "root=/dev/vdb"),
             (HOST_NAMESPACES, "yes"),
             (POD, "true"),
+            (ROOTFS, "mounted"),
             ("io.hull.memory", "512"),
         ] {
             let error = annotations(key, value).unwrap_err().to_string();

@@ -30,6 +30,7 @@ use std::{collections::BTreeMap, path::Path};
 use ::oci_spec::runtime::{LinuxResources, Process, Spec};
 use agent_protocol::{Bounded as _, CreateContainerRequest, Resources, Rootfs};
 
+pub use annotations::wants_shared_rootfs;
 pub use cgroup_path::HostCgroup;
 pub use error::SpecError;
 pub use hooks::{Hook, Hooks};

@@ -81,6 +81,7 @@ pub(super) fn root(spec: &Spec, bundle: &Path) -> Result<ShareSpec> {
             read_only: false,
             recursive: true,
             exclusive: true,
+            snapshot: false,
         }),
         Ok(_) => invalid("root.path", format!("{} is not a directory", path.display())),
         Err(error) => invalid("root.path", format!("{}: {error}", path.display())),
@@ -251,6 +252,7 @@ impl Mounts {
             read_only: is_read_only(&options),
             recursive,
             exclusive: false,
+            snapshot: false,
         });
         self.mounts.push(Mount {
             destination,

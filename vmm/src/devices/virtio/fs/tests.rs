@@ -362,6 +362,7 @@ fn ordered_device(world: &World) -> (Fs, Host) {
     let share = Share {
         root: world.root(),
         exclusive: false,
+        marks: None,
     };
     let spec = FsSpec::new("hull", vec![share], 64)
         .unwrap()
@@ -381,6 +382,7 @@ fn shares_come_and_go_while_the_guest_runs() {
     let add = ShareOrder::Add {
         index: 5,
         exclusive: false,
+        marks: None,
     };
     assert_eq!(host.order(add, None), libc::EINVAL);
     assert_eq!(host.order(add, Some(&second.root())), 0);

@@ -476,6 +476,7 @@ fn share_that_goes_takes_its_descriptors_along_and_leaves_the_others() {
     let share = || Share {
         root: second.root(),
         exclusive: false,
+        marks: None,
     };
     assert_eq!(number(shared.fs.remove(9)), libc::ENOENT);
     shared.fs.add(9, share()).unwrap();
@@ -515,6 +516,7 @@ fn shares_are_bounded_and_listed_by_index() {
     let share = || Share {
         root: shared.world.root(),
         exclusive: false,
+        marks: None,
     };
     for index in 1..u32::try_from(MAX_LIVE_SHARES).unwrap() {
         shared.fs.add(index * 3, share()).unwrap();
