@@ -41,6 +41,8 @@ pub struct Options {
     pub cri: Option<String>,
     /// A folder of that configuration, to be removed with the world.
     pub folder: Option<PathBuf>,
+    /// Images are unpacked for this snapshotter, if not for the daemon's own choice.
+    pub snapshotter: Option<&'static str>,
 }
 
 /// One daemon and everything it keeps.
@@ -227,10 +229,15 @@ impl Containerd {
     /// Import a test image as `docker.io/library/NAME:latest`.
     pub fn import(&self, image: &str) {
         let images = PathBuf::from(std::env::var_os("HULL_TEST_IMAGES").expect("checked by available()"));
+        self.import_layout(&images.join(image), image);
+    }
+
+    /// Import the image in an OCI layout, as `docker.io/library/NAME:latest`.
+    pub fn import_layout(&self, layout: &Path, image: &str) {
         let archive = self.path(&format!("tmp/{image}.tar"));
         let packed = Command::new("tar")
             .arg("-C")
-            .arg(images.join(image))
+            .arg(layout)
             .arg("-cf")
             .arg(&archive)
             .arg(".")
@@ -244,6 +251,9 @@ impl Containerd {
         let mut arguments = vec!["images", "import", "--base-name", &name];
         if self.programs.imports_locally {
             arguments.push("--local");
+        }
+        if let Some(snapshotter) = self.options.snapshotter {
+            arguments.extend(["--snapshotter", snapshotter]);
         }
         arguments.push(&archive_name);
         self.ctr(&arguments);

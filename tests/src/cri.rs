@@ -62,6 +62,7 @@ impl Cri {
         let options = Options {
             cri: Some(configuration),
             folder: Some(folder),
+            ..Options::default()
         };
         let containerd = Containerd::start(programs, options)?;
         for image in images {
