@@ -16,6 +16,8 @@ mod handles;
 mod identity;
 mod inodes;
 mod layer;
+#[cfg(test)]
+mod layer_tests;
 mod requests;
 #[cfg(test)]
 mod tests;
