@@ -20,7 +20,7 @@ pub(crate) struct Making {
     #[arg(
         long,
         short,
-        default_value = "",
+        default_value = ".",
         value_name = "DIR",
         hide_default_value = true
     )]
@@ -68,11 +68,7 @@ pub(crate) fn check_preserved(preserve_fds: u32) -> Result<()> {
 impl Making {
     /// The bundle's directory.
     pub(crate) fn bundle_dir(&self) -> &Path {
-        if self.bundle.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            &self.bundle
-        }
+        &self.bundle
     }
 
     /// Reads the bundle's configuration.

@@ -150,6 +150,8 @@ impl Credentials {
             ..
         } = self.capabilities;
         sys::set_capabilities(effective, permitted, inheritable).map_err(failed("setting capabilities"))?;
+        // What `runc spec` writes has ambient ones that can't be raised, as they aren't inheritable; runc goes on without.
+        let ambient = ambient & permitted & inheritable;
         for capability in 0..CAPABILITY_MASK.count_ones() {
             if ambient & (1 << capability) != 0 {
                 sys::raise_ambient(capability).map_err(failed("raising ambient capabilities"))?;
