@@ -49,7 +49,16 @@ impl Orders {
             ShareOrder::Add { index, exclusive } => {
                 let added = root
                     .ok_or_else(|| io::Error::from(ErrorKind::InvalidInput))
-                    .and_then(|root| shares.add(index, Share { root, exclusive, marks: None }));
+                    .and_then(|root| {
+                        shares.add(
+                            index,
+                            Share {
+                                root,
+                                exclusive,
+                                marks: None,
+                            },
+                        )
+                    });
                 (index, added)
             }
             ShareOrder::Remove { index } => (index, shares.remove(index)),

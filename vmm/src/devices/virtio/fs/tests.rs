@@ -382,7 +382,6 @@ fn shares_come_and_go_while_the_guest_runs() {
     let add = ShareOrder::Add {
         index: 5,
         exclusive: false,
-        marks: None,
     };
     assert_eq!(host.order(add, None), libc::EINVAL);
     assert_eq!(host.order(add, Some(&second.root())), 0);

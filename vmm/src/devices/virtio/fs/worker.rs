@@ -109,9 +109,9 @@ impl Service {
             .chain(share_orders.iter().map(|orders| orders.as_fd().as_raw_fd()))
             .collect();
         let of_layers = passthrough.confinement();
-        let confine: Confine = Box::new(move |descriptors| {
+        let confine: Confine = Box::new(move |descriptors, orders| {
             of_layers()?;
-            confine(descriptors)
+            confine(descriptors, orders)
         });
         Self {
             server: Server::new(Arc::clone(&passthrough)),

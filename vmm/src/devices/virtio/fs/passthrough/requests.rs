@@ -23,7 +23,7 @@ use super::attributes::{self, change, to_stat};
 use super::identity::WithoutSetId;
 use super::inodes::{ROOT, stat_open};
 use super::layer::{Marks, is_mark};
-use super::{EXCLUSIVE_TIMEOUT, MAX_LINK_BYTES, Passthrough, State, errno};
+use super::{EXCLUSIVE_TIMEOUT, MAX_LINK_BYTES, Passthrough, errno};
 use crate::devices::virtio::lock;
 
 /// The flags an open of a regular file is made with: those that mean something for the host's file. Its creation, and whether
