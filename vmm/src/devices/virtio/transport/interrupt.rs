@@ -7,7 +7,7 @@
 //! that alone.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use tracing::warn;
 use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET};
@@ -107,6 +107,8 @@ impl MmioInterrupt {
         loop {
             let shown = value();
             self.show(register, shown);
+            // Else the store might only be seen after another thread's, and the load be done before that thread's change.
+            fence(Ordering::SeqCst);
             if value() == shown {
                 return;
             }
