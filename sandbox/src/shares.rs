@@ -132,7 +132,7 @@ fn open_as_user(source: &Path, share: &ShareSpec) -> Result<OwnedFd> {
         return Err(SandboxError::InvalidOption {
             option: "--volume",
             problem: format!(
-                "{} can be shared read-only by root alone, who can have the kernel enforce it; share it without `ro`, or                  run hull as root",
+                "{} can be shared read-only by root alone, who can have the kernel enforce it; share it without `ro`, or run hull as root",
                 source.display()
             ),
         });
@@ -142,9 +142,15 @@ fn open_as_user(source: &Path, share: &ShareSpec) -> Result<OwnedFd> {
         .map_err(|errno| SandboxError::io("sharing", source)(errno.into()))
 }
 
-/// Lets the guest write to a share that was read-only.
+/// Lets the guest write to a share that was read-only; what is mounted below stays so, as the host may have it so.
 pub(crate) fn allow_writing(share: BorrowedFd<'_>) -> io::Result<()> {
     raw::clear_read_only(share)
+}
+
+/// Whether nothing can be written through a mount.
+pub(crate) fn is_read_only(mount: BorrowedFd<'_>) -> io::Result<bool> {
+    let flags = rustix::fs::fstatvfs(mount)?.f_flag;
+    Ok(flags.contains(rustix::fs::StatVfsMountFlags::RDONLY))
 }
 
 fn clone_mount(source: &Path, share: &ShareSpec) -> io::Result<OwnedFd> {
@@ -162,10 +168,11 @@ mod raw {
         os::fd::{AsRawFd as _, BorrowedFd},
     };
 
-    /// Lets a detached mount that was read-only be written to.
+    /// Lets a detached mount that was read-only be written to, and none of those below it.
     pub(super) fn clear_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
         change(
             mount,
+            libc::AT_EMPTY_PATH,
             &libc::mount_attr {
                 attr_set: 0,
                 attr_clr: libc::MOUNT_ATTR_RDONLY,
@@ -181,6 +188,7 @@ mod raw {
         let read_only = if read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
         change(
             mount,
+            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
             &libc::mount_attr {
                 attr_set: libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | read_only,
                 attr_clr: 0,
@@ -190,7 +198,7 @@ mod raw {
         )
     }
 
-    fn change(mount: BorrowedFd<'_>, attributes: &libc::mount_attr) -> io::Result<()> {
+    fn change(mount: BorrowedFd<'_>, flags: libc::c_int, attributes: &libc::mount_attr) -> io::Result<()> {
         // SAFETY: the path is empty and NUL-terminated, the structure is whole and its size given; only the mount of the
         // descriptor is changed.
         let result = unsafe {
@@ -198,7 +206,7 @@ mod raw {
                 libc::SYS_mount_setattr,
                 mount.as_raw_fd(),
                 c"".as_ptr(),
-                libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+                flags,
                 std::ptr::from_ref(attributes),
                 size_of_val(attributes),
             )

@@ -155,15 +155,7 @@ pub fn main() -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn mount(kind: &str, options: &[&str]) -> Mount {
-        Mount {
-            type_: kind.to_owned(),
-            source: "overlay".to_owned(),
-            options: options.iter().map(|option| (*option).to_owned()).collect(),
-            ..Mount::default()
-        }
-    }
+    use crate::rootfs::tests::mount;
 
     const UPPER: &str = "upperdir=/s/9/fs";
     const WORK: &str = "workdir=/s/9/work";

@@ -244,10 +244,11 @@ pub fn unmount_all(bundle: &Path) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn mount(kind: &str, options: &[&str]) -> Mount {
+    /// One of an overlay's, as the snapshotter gives it.
+    pub(crate) fn mount(kind: &str, options: &[&str]) -> Mount {
         Mount {
             type_: kind.to_owned(),
             source: "overlay".to_owned(),

@@ -18,7 +18,7 @@ const SLACK: Duration = Duration::from_secs(240);
 const PROVOKED: [&str; 2] = ["general protection fault ip", "Call Trace"];
 
 /// How often the host is interrupted meanwhile, on each of its CPUs: each time a vCPU leaves its guest at whatever instruction
-/// it is, and an interrupt may come to the guest just there. Hundreds of times what a quiet host does.
+/// it is, and an interrupt may come to the guest just there.
 const DISTURBANCE: Duration = Duration::from_micros(50);
 
 /// Runs something while the host is disturbed.

@@ -137,7 +137,8 @@ impl PodShares {
             .map(|(index, live)| (*index, live))
             .find(|(_, live)| same(live))
         {
-            if live.read_only && !share.read_only {
+            // What the host itself has mounted read-only stays so.
+            if live.read_only && !share.read_only && !shares::is_read_only(root.as_fd())? {
                 // The guest's kernel keeps those from writing who may only read.
                 shares::allow_writing(live.root.as_fd())?;
                 live.read_only = false;
@@ -217,7 +218,10 @@ impl PodShares {
 mod tests {
     use std::{path::Path, sync::mpsc, thread};
 
-    use rustix::fs::{CWD, Mode, OFlags, openat};
+    use rustix::{
+        fs::{CWD, Mode, OFlags, openat},
+        mount::{MountFlags, MountPropagationFlags, mount_bind, mount_change, mount_remount},
+    };
 
     use super::*;
 
@@ -283,6 +287,62 @@ mod tests {
             add(6, false),
         ];
         assert_eq!(orders, expected);
+    }
+
+    /// Adds a share as a container's monitor asks for it; the mount that the VMM has of it.
+    fn add_mount(shares: &mut PodShares, source: &Path, read_only: bool) -> OwnedFd {
+        let spec = ShareSpec {
+            source: source.to_owned(),
+            read_only,
+            recursive: true,
+            ..ShareSpec::default()
+        };
+        let wanted = WantedShare::from(&spec);
+        let root = shares::open_all(&[spec]).unwrap().remove(0).root;
+        let index = shares.add_all(vec![(wanted, root)]).unwrap()[0];
+        shares.live[&index].root.try_clone().unwrap()
+    }
+
+    #[test]
+    fn what_the_host_has_read_only_stays_so_when_another_container_may_write() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: only root makes mounts");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (plain, below, held) = (
+            dir.path().join("plain"),
+            dir.path().join("plain/below"),
+            dir.path().join("held"),
+        );
+        std::fs::create_dir_all(&below).unwrap();
+        std::fs::create_dir(&held).unwrap();
+        let checked = thread::spawn(move || {
+            // The mounts go with this thread's namespace.
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+            mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+            for mounted in [&below, &held] {
+                mount_bind(mounted, mounted).unwrap();
+                mount_remount(mounted, MountFlags::BIND | MountFlags::RDONLY, c"").unwrap();
+            }
+            let (mut shares, theirs) = PodShares::new(0).unwrap();
+            let _orders = vmm(theirs, 0);
+            let write = |root: &OwnedFd, name: &str| {
+                let flags = OFlags::WRONLY | OFlags::CREATE;
+                openat(root, name, flags, Mode::from_raw_mode(0o600)).map(drop)
+            };
+            let read_only = Err(rustix::io::Errno::ROFS);
+            let root = add_mount(&mut shares, &plain, true);
+            assert_eq!(write(&root, "file"), read_only);
+            let root = add_mount(&mut shares, &plain, false);
+            assert_eq!(write(&root, "file"), Ok(()));
+            assert_eq!(write(&root, "below/file"), read_only);
+            add_mount(&mut shares, &held, true);
+            let root = add_mount(&mut shares, &held, false);
+            assert_eq!(write(&root, "file"), read_only);
+            assert_eq!(shares.live.len(), 2, "each is shared once");
+        });
+        checked.join().unwrap();
     }
 
     #[test]

@@ -175,7 +175,8 @@ const SHARES: &[Call] = &[
     (libc::SYS_setxattr, Always),
     (libc::SYS_listxattr, Always),
     (libc::SYS_removexattr, Always),
-    // Passing a directory to whoever deals with the marks of an overlay; no other socket is in its table.
+    // Passing a directory to whoever deals with the marks of an overlay. The one other socket there may be in its table is that
+    // of orders, whose other end takes no descriptors.
     (libc::SYS_sendmsg, Always),
     // File system ids of this thread, and giving up a capability for one call.
     (libc::SYS_setfsuid, Always),
