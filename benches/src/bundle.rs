@@ -4,12 +4,11 @@
 //! The mounts are in a mount namespace of the benchmark's own and vanish with it.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -32,39 +31,6 @@ const CAPABILITIES: &[&str] = &[
     "CAP_SETUID",
     "CAP_SYS_CHROOT",
 ];
-
-/// Take a mount namespace of our own; to be called while there is one thread. Controllers of the hybrid hierarchy that nobody has
-/// mounted are mounted in it, as crun refuses to run without.
-///
-/// # Errors
-/// Not root.
-pub fn own_mounts() -> Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS).context("cannot take a mount namespace; are you root?")?;
-    mount(
-        None::<&str>,
-        "/",
-        None::<&str>,
-        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-        None::<&str>,
-    )
-    .context("cannot make the mounts private")?;
-    let mounted = fs::read_to_string("/proc/self/mountinfo").context("cannot read the mounts")?;
-    let known = fs::read_to_string("/proc/cgroups").unwrap_or_default();
-    let hybrid = mounted.contains("/sys/fs/cgroup/memory ");
-    if hybrid && known.contains("hugetlb") && !mounted.contains("/sys/fs/cgroup/hugetlb ") {
-        let at = Path::new("/sys/fs/cgroup/hugetlb");
-        fs::create_dir_all(at).with_context(|| format!("cannot create {}", at.display()))?;
-        mount(
-            Some("cgroup"),
-            at,
-            Some("cgroup"),
-            MsFlags::empty(),
-            Some("hugetlb"),
-        )
-        .with_context(|| format!("cannot mount {}", at.display()))?;
-    }
-    Ok(())
-}
 
 /// One image, unpacked.
 #[derive(Debug)]

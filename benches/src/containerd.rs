@@ -37,11 +37,11 @@ pub fn run(args: &ContainerdArgs, out: &Path) -> Result<()> {
     let kernel = crate::artifact("HULL_KERNEL")?;
     let world = Containerd::with_images(&["busybox"]).context("microVMs can't be run here")?;
     let names = [("hull", HULL), ("runc", RUNC)];
+    let mut idle = Sleeping::new(&world);
     for (name, runtime) in names {
-        world.run_detached(runtime, "busybox", &format!("{name}-exec"), &["sleep", "100000"]);
+        idle.start(runtime, format!("{name}-exec"));
         for number in 0..args.idle {
-            let id = format!("{name}-idle{number}");
-            world.run_detached(runtime, "busybox", &id, &["sleep", "100000"]);
+            idle.start(runtime, format!("{name}-idle{number}"));
         }
     }
     let mut contenders: Vec<Contender<'_>> = names
@@ -86,6 +86,35 @@ pub fn run(args: &ContainerdArgs, out: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Containers that only wait, all removed when this goes: those of runc outlive their daemon and its shims.
+struct Sleeping<'a> {
+    world: &'a Containerd,
+    ids: Vec<String>,
+}
+
+impl<'a> Sleeping<'a> {
+    fn new(world: &'a Containerd) -> Self {
+        Self {
+            world,
+            ids: Vec::new(),
+        }
+    }
+
+    fn start(&mut self, runtime: &str, id: String) {
+        self.world
+            .run_detached(runtime, "busybox", &id, &["sleep", "100000"]);
+        self.ids.push(id);
+    }
+}
+
+impl Drop for Sleeping<'_> {
+    fn drop(&mut self) {
+        for id in &self.ids {
+            self.world.remove(id);
+        }
+    }
+}
+
 fn run_arguments(name: &str, runtime: &str, round: u32) -> Vec<String> {
     let image = reference("busybox");
     let id = format!("{name}-run{round}");
@@ -117,9 +146,10 @@ fn memory_of_each(world: &Containerd, name: &str, runtime: &str) -> Result<Strin
     const COUNT: u64 = 4;
     let before: Vec<i32> = world.processes().into_iter().map(|(pid, _)| pid).collect();
     let mut own: Vec<i32> = Vec::new();
+    let mut sleeping = Sleeping::new(world);
     for number in 0..COUNT {
         let id = format!("{name}-memory{number}");
-        world.run_detached(runtime, "busybox", &id, &["sleep", "100000"]);
+        sleeping.start(runtime, id.clone());
         // runc's container shows nothing of this world in its command line.
         own.extend(world.task(&id).map(|(pid, _)| pid));
     }
@@ -130,9 +160,6 @@ fn memory_of_each(world: &Containerd, name: &str, runtime: &str) -> Result<Strin
     let mut total = 0;
     for pid in &own {
         total += summed_kib(*pid, "Pss:")?;
-    }
-    for number in 0..COUNT {
-        world.remove(&format!("{name}-memory{number}"));
     }
     Ok(format!(
         "a container of {name}: {} KiB PSS in {} processes",

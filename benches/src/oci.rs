@@ -14,7 +14,7 @@ use clap::Args;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use crate::bundle::{Bundle, own_mounts};
+use crate::bundle::Bundle;
 use crate::harness::{Contender, Figures, interleave};
 use crate::report::{RunContext, emit};
 use crate::world::succeed;
@@ -123,7 +123,7 @@ impl Drop for Waiting<'_> {
 /// # Errors
 /// A contender fails, or the report can't be written.
 pub fn run(args: &OciArgs, out: &Path) -> Result<()> {
-    own_mounts()?;
+    hull_conformance::host::own_mounts()?;
     let kernel = crate::artifact("HULL_KERNEL")?;
     let hull = crate::artifact("HULL_OCI")?.to_string_lossy().into_owned();
     let bundles = [

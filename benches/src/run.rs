@@ -13,7 +13,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
-use crate::bundle::{Bundle, own_mounts};
+use crate::bundle::Bundle;
 use crate::harness::{Contender, Figures, interleave};
 use crate::report::{RunContext, emit};
 use crate::world::{World, succeed};
@@ -79,7 +79,7 @@ fn steps(said: &str) -> Result<Figures> {
 /// # Errors
 /// A contender fails, or the report can't be written.
 pub fn run(args: &RunArgs, out: &Path) -> Result<()> {
-    own_mounts()?;
+    hull_conformance::host::own_mounts()?;
     let kernel = crate::artifact("HULL_KERNEL")?;
     let world = World::with_images(&["busybox"])?;
     let [runc, crun, files] = [
@@ -170,7 +170,7 @@ fn qemu(kernel: &Path, disk: &Path, memory: &str) -> Command {
 /// # Errors
 /// A contender fails, or the report can't be written.
 pub fn exec(args: &ExecArgs, out: &Path) -> Result<()> {
-    own_mounts()?;
+    hull_conformance::host::own_mounts()?;
     let kernel = crate::artifact("HULL_KERNEL")?;
     let world = World::with_images(&["busybox"])?;
     let [runc, crun] = [Bundle::of("busybox")?, Bundle::of("busybox")?];

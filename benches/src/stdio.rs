@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
-use crate::bundle::{Bundle, own_mounts};
+use crate::bundle::Bundle;
 use crate::harness::{Contender, Figures, interleave};
 use crate::report::{RunContext, emit};
 use crate::world::World;
@@ -33,7 +33,7 @@ pub struct StdioArgs {
 /// # Errors
 /// A contender fails, or the report can't be written.
 pub fn run(args: &StdioArgs, out: &Path) -> Result<()> {
-    own_mounts()?;
+    hull_conformance::host::own_mounts()?;
     let kernel = crate::artifact("HULL_KERNEL")?;
     let world = World::with_images(&["busybox"])?;
     let _hull_waits = world.waiting("bench", &[])?;

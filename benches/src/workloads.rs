@@ -9,7 +9,7 @@ use std::process::Stdio;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::bundle::{Bundle, own_mounts};
+use crate::bundle::Bundle;
 use crate::harness::{Contender, Figures, interleave};
 use crate::report::{RunContext, emit};
 use crate::world::{World, succeed};
@@ -117,7 +117,7 @@ nginx -s quit"#,
 /// # Errors
 /// A workload fails, or the report can't be written.
 pub fn run(args: &WorkloadsArgs, out: &Path) -> Result<()> {
-    own_mounts()?;
+    hull_conformance::host::own_mounts()?;
     let chosen: Vec<&Workload> = WORKLOADS
         .iter()
         .filter(|workload| args.only.is_empty() || args.only.iter().any(|name| name == workload.image))

@@ -2,16 +2,22 @@
 //!
 //! Containers of one pod, or those an annotation puts together, have one shim, which saves its memory for each further container.
 //! The socket's name follows the field's convention, a hash of daemon, containerd namespace and group, so that any `start` of the
-//! group finds the shim, and whoever cleans up after containerd knows it.
+//! group finds the shim, and whoever cleans up after containerd knows it. The folder is that of other shims, too: a link among
+//! Hull's own files says which sockets are ours, from before they are made until they are gone.
 
 use std::{
+    collections::HashSet,
     fmt::Write as _,
     fs::{self, File},
     io::{self, ErrorKind},
-    os::unix::net::{UnixListener, UnixStream},
+    os::unix::{
+        fs::{DirBuilderExt as _, symlink},
+        net::{UnixListener, UnixStream},
+    },
     path::{Path, PathBuf},
 };
 
+use sandbox::Directories;
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
@@ -20,6 +26,10 @@ use crate::{
     error::{Result, ShimError},
 };
 
+/// Beneath Hull's run directory: links to the sockets of its shims.
+const LINKS_FOLDER: &str = "shim-sockets";
+/// All Unix sockets of this network namespace, their paths last.
+const OPEN_SOCKETS: &str = "/proc/net/unix";
 /// Where shims have their sockets, unless containerd says something else.
 const SOCKET_DIR: &str = "/run/containerd/s";
 /// Annotations that name a group, the first that is there counts.
@@ -94,8 +104,14 @@ impl SocketLock {
             Ok(_) => return Ok(Found::Serving),
             // A shim that was killed leaves its socket.
             Err(error) if error.kind() == ErrorKind::ConnectionRefused => self.remove(socket)?,
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => self.remove(socket)?,
             Err(error) => return Err(ShimError::io("connecting to", socket)(error)),
+        }
+        if let Some(link) = link_of(socket) {
+            let folder = link.parent().unwrap_or(Path::new("/"));
+            let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
+            made.and_then(|()| symlink(socket, &link))
+                .map_err(ShimError::io("creating", &link))?;
         }
         UnixListener::bind(socket)
             .map(Found::Listening)
@@ -104,21 +120,47 @@ impl SocketLock {
 
     /// Takes a socket away.
     pub fn remove(&self, socket: &Path) -> Result<()> {
-        match fs::remove_file(socket) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                Err(ShimError::io("removing", socket)(error))
+        for path in [Some(socket.to_owned()), link_of(socket)].into_iter().flatten() {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(ShimError::io("removing", path)(error));
+                }
+                _ => {}
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 }
 
 /// Removes a socket nobody listens at any more.
 pub fn remove_stale(socket: &Path) -> Result<()> {
     let lock = SocketLock::take(socket)?;
-    let stale = UnixStream::connect(socket)
-        .is_err_and(|error: io::Error| error.kind() == ErrorKind::ConnectionRefused);
+    let stale = UnixStream::connect(socket).is_err_and(|error: io::Error| {
+        matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound)
+    });
     if stale { lock.remove(socket) } else { Ok(()) }
+}
+
+fn link_of(socket: &Path) -> Option<PathBuf> {
+    let folder = Directories::from_environment().run.join(LINKS_FOLDER);
+    Some(folder.join(socket.file_name()?))
+}
+
+/// Removes the sockets of all shims of ours that were killed. Those that live are told by the kernel's list, and not bothered.
+pub fn remove_all_stale() -> Result<()> {
+    let folder = Directories::from_environment().run.join(LINKS_FOLDER);
+    let links = fs::read_dir(folder).into_iter().flatten().flatten();
+    let sockets: Vec<PathBuf> = links.filter_map(|link| fs::read_link(link.path()).ok()).collect();
+    let list = fs::read_to_string(OPEN_SOCKETS).map_err(ShimError::io("reading", OPEN_SOCKETS))?;
+    let open: HashSet<&str> = list
+        .lines()
+        .filter_map(|line| line.split(' ').next_back())
+        .collect();
+    let is_open = |socket: &Path| socket.to_str().is_some_and(|path| open.contains(path));
+    sockets
+        .iter()
+        .filter(|socket| !is_open(socket))
+        .try_for_each(|socket| remove_stale(socket))
 }
 
 #[cfg(test)]

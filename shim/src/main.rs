@@ -22,6 +22,7 @@ mod log;
 mod log_program;
 mod metrics;
 mod microvm;
+mod orphans;
 mod pause;
 mod pod;
 mod process;

@@ -75,6 +75,10 @@ impl MicroVms {
     /// process that stands for it.
     pub fn create(&self, new: NewMicroVm<'_>, streams: Streams) -> Result<(MicroVm, u32)> {
         let NewMicroVm { id, bundle, spec, .. } = new;
+        // containerd gives an id anew only when it knows of no other container of it.
+        if !matches!(self.bundles.state(id), Err(BundleError::NotExist)) {
+            self.remove(id)?;
+        }
         if let Some(stdin) = &streams.stdin {
             // Whoever reads it waits for what comes.
             rustix::io::ioctl_fionbio(stdin, false).map_err(ShimError::system("preparing stdin"))?;
@@ -108,6 +112,16 @@ impl MicroVms {
         self.bundles
             .state(id)
             .is_ok_and(|state| state.pod == PodRole::Sandbox)
+    }
+
+    /// The ids of those there are, or of which something is left.
+    pub fn ids(&self) -> Result<Vec<String>> {
+        Ok(self.bundles.ids()?)
+    }
+
+    /// The bundle of one; nothing where it has none.
+    pub fn bundle(&self, id: &str) -> Option<PathBuf> {
+        self.bundles.state(id).ok().map(|state| state.bundle)
     }
 
     /// Ends and removes one, whatever state it is in; the pid it had, and how it ended if it has by itself.

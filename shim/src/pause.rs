@@ -3,7 +3,8 @@
 //! The pod's sandbox container runs no program of the user's, so it gets no microVM. Other containers and CNI find the pod's
 //! namespaces by this process, as with other runtimes.
 //!
-//! It is a process of its own, `… pause NETNS HOSTNAME ID`; the bundle remembers which, for whoever cleans up after a shim.
+//! It is a process of its own, `… pause NETNS HOSTNAME ID`, that ends with its shim: by its standard input, whose other end
+//! nobody else has. The bundle remembers which it is, for whoever cleans up after a shim.
 
 use std::{
     fs::File,
@@ -46,7 +47,7 @@ pub fn start(bundle: &Path, pod: &Pod<'_>) -> Result<Child> {
         .arg(pod.network.as_deref().unwrap_or(Path::new(OWN)))
         .arg(pod.hostname.unwrap_or(OWN))
         .arg(pod.id)
-        .stdin(Stdio::null())
+        .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .current_dir("/")
@@ -118,8 +119,10 @@ pub fn main() -> ExitCode {
         eprintln!("{}", error.chain());
         return ExitCode::FAILURE;
     }
-    loop {
-        std::thread::park();
+    // Nothing ever comes.
+    match std::io::copy(&mut std::io::stdin(), &mut std::io::sink()) {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
     }
 }
 

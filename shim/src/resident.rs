@@ -22,6 +22,7 @@ use crate::{
     grouping::SocketLock,
     log,
     microvm::MicroVms,
+    orphans,
     publisher::Publisher,
     service::{Service, Shutdown},
     start::TTRPC_ADDRESS,
@@ -65,6 +66,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         .register_service(service.methods());
     server.start().map_err(|error| serve(error.to_string()))?;
     tracing::debug!(id = arguments.id, "serving");
+    orphans::remove_in_background(MicroVms::open(arguments)?)?;
     // An error means that nobody can say it any more.
     let _ = ending.recv();
     if let Some(socket) = &socket {

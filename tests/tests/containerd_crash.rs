@@ -195,8 +195,74 @@ fn nothing_is_left_of_containers_whose_processes_are_killed_at_random() {
         assert!(gone, "{id}: {}: {}", status_of(&world, id), world.log());
         world.try_ctr(&["containers", "delete", id]);
     }
-    assert_eq!(world.settle(&ids), Vec::<String>::new());
+    // What was left where containerd's own call of `delete` was killed, the next container's shim removes.
     sleeper(&world, "c1");
     world.remove("c1");
     assert_eq!(world.settle(&ids), Vec::<String>::new());
+}
+
+/// Has containerd forget a task, as it does when its call of `delete` fails.
+fn forget(world: &Containerd, id: &str) {
+    for folder in [
+        "state/io.containerd.runtime.v2.task",
+        "root/io.containerd.runtime.v2.task",
+    ] {
+        let bundle = world.path(folder).join(world.namespace()).join(id);
+        nix::mount::umount2(&bundle.join("rootfs"), nix::mount::MntFlags::MNT_DETACH).ok();
+        std::fs::remove_dir_all(&bundle).expect("the task's own");
+    }
+}
+
+#[test]
+fn container_that_containerd_has_forgotten_goes_with_the_next() {
+    let Some(mut world) = Containerd::with_images(&["busybox"]) else {
+        return;
+    };
+    // The next has another id, or the same.
+    for next in ["c2", "c1"] {
+        sleeper(&world, "c1");
+        world.stop_daemon(Signal::SIGKILL);
+        for (pid, _) in world.processes() {
+            signal(pid, Signal::SIGKILL);
+        }
+        forget(&world, "c1");
+        world.restart(Signal::SIGKILL);
+        assert_eq!(status_of(&world, "c1"), "none");
+        world.try_ctr(&["containers", "delete", "c1"]);
+        assert_ne!(world.leftovers(&["c1"]), Vec::<String>::new());
+        sleeper(&world, next);
+        world.remove(next);
+        assert_eq!(world.settle(&["c1", "c2"]), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn pods_process_ends_with_its_shim() {
+    let Some(mut world) = Containerd::with_images(&["busybox"]) else {
+        return;
+    };
+    let options = [
+        "--detach",
+        "--annotation",
+        "io.kubernetes.cri.container-type=sandbox",
+    ];
+    let outcome = world.run(HULL, &options, "busybox", "pod", &["sleep", "1000"]);
+    assert!(outcome.status.success(), "{outcome:?}");
+    let (pid, _) = world.task("pod").expect("it runs");
+    let lives = || std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty());
+    assert!(lives());
+    // Nobody is there to call `delete`.
+    world.stop_daemon(Signal::SIGKILL);
+    for shim in world.processes_of("containerd-shim-hull-v2") {
+        signal(shim, Signal::SIGKILL);
+    }
+    assert!(eventually(PATIENCE, || !lives()));
+    world.restart(Signal::SIGKILL);
+    let gone = eventually(PATIENCE, || {
+        world.try_ctr(&["tasks", "delete", "--force", "pod"]);
+        status_of(&world, "pod") == "none"
+    });
+    assert!(gone, "{}", world.log());
+    world.ctr(&["containers", "delete", "pod"]);
+    assert_eq!(world.settle(&["pod"]), Vec::<String>::new());
 }

@@ -341,7 +341,17 @@ impl Bundles {
         self.current(id)?.ok_or(BundleError::NotExist)
     }
 
-    /// All containers, by id. One whose record can't be read is left out, with a warning.
+    /// The ids of all containers, and of what killed commands left of some. Nothing of them is looked at.
+    ///
+    /// # Errors
+    ///
+    /// The directory can't be read.
+    pub fn ids(&self) -> Result<Vec<String>> {
+        self.homes.ids()
+    }
+
+    /// All containers, by id. One whose record can't be read is left out, with a warning; what killed commands left without a
+    /// record is removed.
     ///
     /// # Errors
     ///
@@ -350,7 +360,12 @@ impl Bundles {
         let mut states = Vec::new();
         for id in self.homes.ids()? {
             match self.current(&id) {
-                Ok(record) => states.extend(record.map(BundleState::from)),
+                Ok(Some(record)) => states.push(BundleState::from(record)),
+                Ok(None) => {
+                    if let Err(error) = self.homes.remove_unfinished(&id) {
+                        tracing::warn!(id, %error, "what is left of a container can't be removed");
+                    }
+                }
                 Err(error) => tracing::warn!(id, %error, "left out; `delete --force` removes it"),
             }
         }

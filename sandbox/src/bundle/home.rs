@@ -128,6 +128,15 @@ impl Homes {
     pub(super) fn create(&self, id: &str) -> Result<Home> {
         check_id(id)?;
         make_private_dir(&self.root, true).map_err(SandboxError::io("creating the directory", &self.root))?;
+        loop {
+            if let Some(home) = self.try_create(id)? {
+                return Ok(home);
+            }
+        }
+    }
+
+    /// The same; `None` if another took the new home for an unfinished one and removed it.
+    fn try_create(&self, id: &str) -> Result<Option<Home>> {
         let path = self.path(id);
         match make_private_dir(&path, false) {
             Ok(()) => {}
@@ -140,12 +149,28 @@ impl Homes {
                 }
                 home.empty()?;
                 self.free_jail_uids_of(id);
-                return Ok(home);
+                return Ok(Some(home));
             }
             Err(error) => return Err(SandboxError::io("creating the directory", path)(error).into()),
         }
-        // Another may have taken it for unfinished in between; then it is theirs.
-        self.lock(id, Duration::ZERO)?.ok_or(BundleError::Exists)
+        match self.lock(id, Duration::ZERO)? {
+            Some(home) => Ok(Some(home)),
+            None if !self.path(id).exists() => Ok(None),
+            // Another may have taken it for unfinished in between; then it is theirs.
+            None => Err(BundleError::Exists),
+        }
+    }
+
+    /// Removes a home that has no record, unless somebody is at it: its maker, or who removed the rest, was killed.
+    pub(super) fn remove_unfinished(&self, id: &str) -> Result<()> {
+        let Some(home) = self.lock(id, Duration::ZERO)? else {
+            return Ok(());
+        };
+        if home.read()?.is_some() {
+            return Ok(());
+        }
+        self.free_jail_uids_of(id);
+        home.remove()
     }
 
     /// Whether somebody holds a home's lock.
@@ -441,6 +466,27 @@ mod tests {
             .remove()
             .unwrap();
         assert_eq!(homes.ids().unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn unfinished_home_is_removed_unless_somebody_has_it_or_it_is_finished() {
+        let dir = tempfile::tempdir().unwrap();
+        let homes = Homes::open(&dir.path().join("root")).unwrap();
+        let home = homes.create("a").unwrap();
+        fs::write(home.path().join(CONFIG_FILE), "{}").unwrap();
+        homes.take_jail_uid("a").unwrap();
+        homes.remove_unfinished("a").unwrap();
+        assert!(home.path().exists());
+        drop(home);
+        homes.remove_unfinished("a").unwrap();
+        homes.remove_unfinished("a").unwrap();
+        assert_eq!(homes.ids().unwrap(), Vec::<String>::new());
+        assert_eq!(fs::read_dir(homes.root().join(UIDS_DIR)).unwrap().count(), 0);
+        let home = homes.create("a").unwrap();
+        fs::write(home.path().join(RECORD_FILE), "damaged").unwrap();
+        drop(home);
+        assert!(homes.remove_unfinished("a").is_err());
+        assert_eq!(homes.ids().unwrap(), ["a"]);
     }
 
     #[test]

@@ -19,11 +19,20 @@ pub fn prepare() -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!("runtimes are tested as root; run this as root");
     }
-    unshare(CloneFlags::CLONE_NEWNS).context("cannot have a mount namespace of our own")?;
-    change(None, "/", MsFlags::MS_REC | MsFlags::MS_SLAVE)?;
-    complete_cgroups()?;
+    own_mounts()?;
     // The container's process outlives `create`; its exit status comes to us, as it comes to an engine's monitor.
     nix::sys::prctl::set_child_subreaper(true).context("cannot become a subreaper")
+}
+
+/// Takes a mount namespace of our own in which nothing that runtimes insist on is missing. Must be called while the process has
+/// one thread.
+///
+/// # Errors
+/// Not root, or a system call that root may use is refused.
+pub fn own_mounts() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS).context("cannot have a mount namespace of our own; are you root?")?;
+    change(None, "/", MsFlags::MS_REC | MsFlags::MS_SLAVE)?;
+    complete_cgroups()
 }
 
 fn change(source: Option<&Path>, target: impl AsRef<Path>, flags: MsFlags) -> Result<()> {
@@ -71,7 +80,7 @@ fn complete_cgroups() -> Result<()> {
         let at = copy.path().join(entry.file_name());
         if let Ok(target) = fs::read_link(entry.path()) {
             std::os::unix::fs::symlink(target, &at)?;
-        } else if entry.path().is_dir() {
+        } else if entry.path().is_dir() && !missing.iter().any(|name| entry.file_name() == *name) {
             fs::create_dir(&at)?;
             change(Some(&entry.path()), &at, MsFlags::MS_BIND)?;
         }

@@ -18,7 +18,6 @@ mod cases;
 mod console;
 mod container;
 mod expectations;
-mod host;
 mod report;
 mod runner;
 mod runtime;
@@ -29,6 +28,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
+use hull_conformance::host;
 
 use crate::expectations::Expectations;
 use crate::report::Format;

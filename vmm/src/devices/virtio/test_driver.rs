@@ -218,13 +218,11 @@ impl<D: VirtioDevice + MutEventSubscriber + 'static> TestDriver<D> {
                 let expected = self.read(offset) | u32::from(offset == 0x60);
                 (page.load(offset as u32), expected)
             };
-            while {
-                let (shown, expected) = both();
-                shown != expected && Instant::now() < deadline
-            } {
+            let (mut shown, mut expected) = both();
+            while shown != expected && Instant::now() < deadline {
                 std::thread::yield_now();
+                (shown, expected) = both();
             }
-            let (shown, expected) = both();
             assert_eq!(shown, expected, "register {offset:#x}");
         }
     }
